@@ -1,0 +1,953 @@
+"""Stage 3 of MA-RLHF. ppo.py is token-level PPO, the paper's baseline; ma_ppo.py is MA-PPO, PPO with macro actions
+(section 3, algorithm 1). The two files differ in the section "advantages" alone: diff ppo.py ma_ppo.py.
+
+    torchrun ma_ppo.py                                               the embedded toy task, earlier stages included
+    torchrun --nproc_per_node=8 ma_ppo.py --task pairs --data_path rows.jsonl --policy_lr 1e-6 --critic_lr 1e-6
+    torchrun ppo.py --policy NAME --reward rules.py:score            a Python function as the reward
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 ma_ppo.py --replicate 4 ...
+
+Leaves runs/<task>/<stage>/: final/ and final/critic/ (Hugging Face format), metrics.jsonl, samples.jsonl, args.json.
+"""
+import argparse
+import functools
+import importlib.util
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Optional
+
+import datasets
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser,
+                          PreTrainedTokenizerFast)
+
+# Copied from sft.py
+# ---- options ----
+STAGE = Path(__file__).stem
+
+
+POSITIVE = ("batch_size micro_batch_size epochs updates eval_size max_length max_prompt_length max_response_length "
+            "replicate ppo_epochs").split()
+SHARES = "warmup_ratio gamma lam top_p".split()
+
+
+def arg(default, text):
+    return field(default=default, metadata={"help": text.replace("%", "%%")})
+
+
+def parse_args(*groups, argv=None):
+    """One namespace with the fields of the dataclasses `groups`; exits with a sentence on an option that is wrong."""
+    class Layout(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    parser = HfArgumentParser(groups, description=__doc__, formatter_class=Layout)
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}; --help lists the options")
+    args = argparse.Namespace(**{name: value for group in parsed for name, value in vars(group).items()})
+    for name, value in vars(args).items():
+        low, high = (1 if name in POSITIVE else 0), (1 if name in SHARES else math.inf)
+        if type(value) in (int, float) and not low <= value <= high:
+            parser.error(f"--{name} is {value}; it must be at least {low} and at most {high}")
+    args.output_dir = args.output_dir or f"runs/{args.task}/{STAGE}"
+    return args
+# ---- end of options ----
+
+
+@dataclass
+class Args:
+    task: Literal["toy", "pairs"] = arg("toy", "toy: the embedded task; pairs: your own rows from --data_path")
+    data_path: Optional[str] = arg(None, "JSONL or Parquet file with a column prompt (pairs only)")
+    eval_path: Optional[str] = arg(None, "file of held-out rows; 5% of --data_path when not given (pairs only)")
+    all_rows: bool = arg(False, "train on every row, not only on this stage's share (20% SFT, 40% reward, 40% PPO)")
+    policy: Optional[str] = arg(None, "SFT model, start and reference of the policy; runs/<task>/sft/final when not given")
+    reward: Optional[str] = arg(None, "reward model (folder or hub name), or FILE.py:FUNCTION, f(prompts, responses, rows) "
+                                      "-> list of floats; runs/<task>/reward/final when not given")
+    critic: Optional[str] = arg(None, "model the critic starts from; the reward model when not given, or the policy with a "
+                                      "new head where the reward is a function")
+    output_dir: Optional[str] = arg(None, "folder for everything this run leaves; runs/<task>/<stage> when not given")
+    seed: int = arg(0, "seed of sampling, of new heads and of the order of the prompts")
+    batch_size: int = arg(32, "responses per update, over all processes")
+    micro_batch_size: int = arg(32, "responses per process and forward pass")
+    policy_lr: float = arg(3e-4, "peak learning rate of the policy's AdamW; linear schedule")
+    critic_lr: float = arg(3e-4, "peak learning rate of the critic's AdamW; linear schedule")
+    warmup_steps: int = arg(5, "updates in which the learning rates rise")
+    weight_decay: float = arg(0.1, "weight decay of AdamW")
+    epochs: int = arg(1, "passes over the prompts")
+    updates: Optional[int] = arg(None, "at most this many updates")
+    ppo_epochs: int = arg(1, "optimizer steps on the responses of one update")
+    max_prompt_length: int = arg(512, "tokens; longer prompts are left out and counted")
+    max_response_length: int = arg(128, "tokens after which a response is cut off, without EOS")
+    temperature: float = arg(0.8, "of sampling, and of the log-probabilities of policy and reference")
+    top_k: int = arg(50, "sample from the k most probable tokens; 0: from all")
+    top_p: float = arg(1.0, "sample from the fewest most probable tokens with this much probability")
+    kl_coef: float = arg(0.05, "beta, the weight of the KL penalty in the token rewards")
+    clip_ratio: float = arg(0.2, "PPO's clip range of the probability ratio")
+    clip_value: float = arg(0.2, "clip range of the critic's change")
+    score_clip: Optional[float] = arg(None, "clip scores to +-this before they enter the rewards; not at all when not given")
+    whiten_advantages: bool = arg(False, "shift and scale the advantages of an update to mean 0, variance 1 (not the paper)")
+    eval_every: int = arg(25, "updates between evaluations on held-out prompts; 0: only at the start and the end")
+    eval_size: int = arg(64, "held-out prompts per evaluation")
+    dtype: Literal["fp32", "bf16"] = arg("fp32", "forward and backward precision; trained weights and reductions stay fp32")
+    replicate: int = arg(1, "HSDP: number of full copies of the weights, e.g. the number of machines")
+
+
+# Copied from sft.py
+# ---- data ----
+TOY_ASPECTS = "bath bed breakfast food garden music pool room staff view".split()
+TOY_PLACES = "by the sea,in the old town,near the station,on the hill,at the lake,under the pines".split(",")
+TOY_QUALITIES = {1: "great lovely superb clean friendly warm charming perfect".split(),
+                 0: "ordinary simple small modern quiet large".split(),
+                 -1: "awful dirty rude cold broken noisy dull stale".split()}
+TOY_SIGN = {word: sign for sign, words in TOY_QUALITIES.items() for word in words}
+TOY_NOT = ("not", "never")
+TOY_SENTENCES = ("the {a} was {q} .", "we found the {a} {q} and {p} .", "on the first day the {a} was {n} {q} .",
+                 "for the price the {a} felt {q} .", "everyone we met said that the {a} was {q} .",
+                 "to be honest , the {a} is {n} {q} but {p} .", "by the end of our stay the {a} had been {q} .")
+
+
+def toy_gold(prompt, response):
+    """Gold score of the toy task, from -1 to 1: the first eight sentences, each worth an eighth of its sign.
+
+    The sign is that of the sentence's qualities ("not" and "never" turn the word behind them round). Praise counts only
+    for what the prompt asks about, and only the first time: the same aspect with the same words again is worth 0.
+
+    >>> toy_gold("review of the food and the pool at the hotel :", "the food was great . the pool was cold .")
+    0.0
+    >>> toy_gold("review of the food and the pool at the hotel :", "the food was great . the food was great .")
+    0.125
+    """
+    asked, said, total = set(prompt.split()) & set(TOY_ASPECTS), set(), 0
+    sentences = [sentence.split() for sentence in response.split(".") if sentence.strip()]
+    for words in sentences[:8]:
+        sign = sum(TOY_SIGN.get(word, 0) * (-1 if before in TOY_NOT else 1) for before, word in zip([""] + words, words))
+        content = frozenset(word for word in words if word in TOY_SIGN or word in TOY_ASPECTS)
+        if sign > 0 and (content in said or not content & asked):
+            sign = 0
+        said.add(content)
+        total += (sign > 0) - (sign < 0)
+    return total / 8
+
+
+def toy_rows(split, size=None, seed=0):
+    """Rows of the toy task: a prompt and two reviews of 6 to 10 sentences, their gold scores at least 0.25 apart.
+
+    The better one is the chosen one with probability sigmoid(10 * gap), the Bradley-Terry model with noise: what a good
+    reward model finds is 10 times the gold score, up to a constant. Same arguments, same rows.
+    """
+    draw, rows = random.Random(f"{split} {seed}"), []
+
+    def review(asked):
+        mood, focus, text = draw.betavariate(0.7, 0.7), draw.uniform(0.2, 1), []
+        for _ in range(draw.randint(6, 10)):
+            aspect = draw.choice(asked if draw.random() < focus else TOY_ASPECTS)
+            signs = [draw.choices((1, 0, -1), (mood, 0.4, 1 - mood))[0] for _ in range(2)]
+            quality, other = (draw.choice(TOY_QUALITIES[sign]) for sign in signs)
+            text.append(draw.choice(TOY_SENTENCES).format(a=aspect, q=quality, p=other,
+                                                          n=draw.choice(("not", "never", "so", "very", "rather"))))
+        return " ".join(text)
+
+    while len(rows) < (size or {"train": 11_200, "eval": 1_120}[split]):
+        asked = draw.sample(TOY_ASPECTS, draw.choice((2, 3)))
+        prompt = f"review of the {' and the '.join(asked)} at the hotel {draw.choice(TOY_PLACES)} :"
+        pair = [review(asked), review(asked)]
+        gap = toy_gold(prompt, pair[0]) - toy_gold(prompt, pair[1])
+        if abs(gap) < 0.25:
+            continue
+        first_wins = draw.random() < 1 / (1 + math.exp(-10 * gap))
+        chosen, rejected = pair if first_wins else pair[::-1]
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def toy_tokenizer():
+    """Word-level tokenizer of every word that the toy task can produce."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    texts = [*TOY_SENTENCES, *TOY_PLACES, *TOY_ASPECTS, *TOY_SIGN, *TOY_NOT, "so very rather review of at hotel :"]
+    words = sorted({word for text in texts for word in text.split() if "{" not in word})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+                                   unk_token="<unk>")
+
+
+def split_indices(size, shares, part, seed=1234):
+    """Indices of part number `part` when range(size) is shuffled and cut in proportion to `shares`, as the paper's
+    released code does it: its rounding and its seed, so that the stages see the rows they saw there.
+
+    >>> [split_indices(10, (20, 40, 40), part).tolist() for part in range(3)]
+    [[7, 2], [9, 1, 0, 8], [4, 5, 6, 3]]
+    """
+    order, bounds = np.arange(size), [0]
+    np.random.RandomState(seed).shuffle(order)
+    for share in shares:
+        bounds.append(bounds[-1] + int(round(share / sum(shares) * size)))
+    excess = bounds[-1] - size
+    bounds = [0] + [bound - excess for bound in bounds[1:]]
+    return order[bounds[part]:bounds[part + 1]]
+
+
+def read_file(path, columns):
+    """Rows (dicts) of a JSONL or Parquet file that has `columns`; exits with a sentence where that cannot be."""
+    if not path or not os.path.isfile(path):
+        sys.exit(f"{STAGE}: no file at --data_path {path}; give a JSONL or Parquet file with columns {', '.join(columns)}")
+    kind = "parquet" if path.endswith(".parquet") else "json"
+    try:
+        rows = datasets.load_dataset(kind, data_files=path, split="train")
+    except Exception as error:  # datasets wraps whatever its readers raise
+        for number, line in enumerate(open(path, errors="replace") if kind == "json" else ()):
+            try:
+                row = json.loads(line)
+                wrong = [name for name in columns if not isinstance(row.get(name, ""), (str, list))]
+            except (ValueError, AttributeError):
+                row, wrong = None, None
+            if row is None or wrong:
+                sys.exit(f"{STAGE}: row {number} of {path} " + (f"has no text in {wrong[0]}" if wrong else "is no JSON object"))
+        sys.exit(f"{STAGE}: {path} cannot be read as {kind}, or has no rows: {str(error.__cause__ or error).splitlines()[0]}")
+    if missing := [name for name in columns if name not in rows.column_names]:
+        sys.exit(f"{STAGE}: {path} lacks the column {', '.join(missing)}; it has {', '.join(rows.column_names)}")
+    return rows.to_list()
+
+
+def render(row, columns, tokenizer, row_name):
+    """A row with its texts as strings: role/content messages go through the tokenizer's chat template."""
+    texts = {name: row[name] for name in columns}
+    if isinstance(row["prompt"], list):
+        if not tokenizer.chat_template:
+            sys.exit(f"{STAGE}: {row_name} has messages, and the tokenizer has no chat template; give strings instead")
+        try:
+            texts["prompt"] = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+            for name in columns[1:]:
+                answer = [{"role": "assistant", "content": row[name]}] if isinstance(row[name], str) else row[name]
+                whole = tokenizer.apply_chat_template(row["prompt"] + answer, tokenize=False)
+                texts[name] = whole.removeprefix(texts["prompt"]).rstrip().removesuffix(tokenizer.eos_token)
+        except Exception as error:  # a template may raise anything
+            sys.exit(f"{STAGE}: {row_name} does not fit the tokenizer's chat template: {error}")
+    if not all(isinstance(text, str) and text.strip() for text in texts.values()):
+        return None
+    return row | texts
+
+
+def load_rows(args, part, columns, tokenizer):
+    """-> training rows of stage number `part` (0 SFT, 1 reward, 2 PPO) and held-out rows, both lists of dicts with the
+    text fields `columns`. Rows without text are skipped and counted."""
+    shares = (20, 40, 40)
+    if args.task == "toy":
+        train, held_out = toy_rows("train"), toy_rows("eval")
+    else:
+        train = read_file(args.data_path, columns)
+        held_out = read_file(args.eval_path, columns) if args.eval_path else None
+        for rows, path in ((train, args.data_path), (held_out, args.eval_path)):
+            skipped = []
+            for i, row in enumerate(rows or ()):
+                rows[i] = render(row, columns, tokenizer, f"row {i} of {path}")
+                if rows[i] is None:
+                    skipped.append(i)
+            if skipped:
+                say(f"{len(skipped)} of {len(rows)} rows of {path} have no text and are skipped: {skipped[:10]}")
+            if rows:
+                rows[:] = [row for row in rows if row is not None]
+        if not held_out:
+            train, held_out = ([train[i] for i in split_indices(len(train), (95, 5), k)] for k in range(2))
+    mine = (lambda rows: rows) if args.all_rows else (
+        lambda rows: [rows[i] for i in split_indices(len(rows), shares, part)])
+    if not train:
+        sys.exit(f"{STAGE}: no usable row in {args.data_path}")
+    return mine(train), mine(held_out) or held_out or train[:1]
+
+
+def load_tokenizer(name):
+    """The tokenizer of a model; gets a pad token of its own where it has none (padding must never look like EOS)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{STAGE}: no tokenizer at {name}, neither as a folder nor on the hub: {str(error).splitlines()[0]}")
+    if tokenizer.eos_token_id is None:
+        sys.exit(f"{STAGE}: the tokenizer of {name} has no EOS token, so a response could never end; set its eos_token")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    return tokenizer
+
+
+def encode(tokenizer, prompt, answer=None):
+    """-> token ids of the prompt (BOS first, where the tokenizer has one) and of the answer with EOS. They are
+    tokenized apart, as they meet in generation."""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
+        ids = [tokenizer.bos_token_id] + ids
+    if answer is None:
+        return ids, None
+    return ids, tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+
+
+def pad(sequences, value, left=False):
+    """Lists of token ids -> (B, longest) tensor, filled up with `value` on the right or on the left."""
+    width = max(map(len, sequences))
+    return torch.tensor([[value] * (width - len(s)) * left + s + [value] * (width - len(s)) * (not left) for s in sequences])
+
+
+def batch_indices(update, size, batch_size, seed):
+    """Indices of the rows of an update: shuffled anew in every epoch, an incomplete last batch left out. A function of
+    its arguments alone, so that a run can go on from any update."""
+    epoch, step = divmod(update, size // batch_size)
+    return np.random.RandomState((seed + epoch) % 2**32).permutation(size)[step * batch_size:(step + 1) * batch_size]
+# ---- end of data ----
+
+
+class Critic(torch.nn.Module):
+    """A value for every token, from AutoModelForSequenceClassification(num_labels=1): its score head, not pooled."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        hidden = self.model.base_model(use_cache=False, **inputs).last_hidden_state  # (B, L, H)
+        return self.model.score(hidden).squeeze(-1).float()  # (B, L)
+
+
+# Copied from reward.py
+# ---- earlier stages ----
+def earlier_stage(args, stage, folder):
+    """Folder of an earlier stage's model: `folder` where given, else runs/<task>/<stage>/final.
+
+    Where that is missing, the toy task trains it first: rank 0 starts the stage as a process of its own, before there is
+    a process group whose time-out could end the wait, and the other ranks wait for the folder. Any other task exits with
+    the command to run.
+    """
+    if folder:
+        return folder
+    folder = Path("runs", args.task, stage, "final")
+    script = Path(__file__).with_name(f"{stage}.py")
+    if not folder.exists() and args.task != "toy":
+        data = f" --data_path {args.data_path}" if args.data_path else ""
+        model = " --model NAME_OR_FOLDER" if stage == "sft" else ""
+        sys.exit(f"{STAGE}: {folder} does not exist; run: torchrun {script.name} --task {args.task}{data}{model}")
+    if not folder.exists() and os.environ.get("RANK", "0") == "0":
+        say(f"{folder} does not exist, so {script.name} runs first")
+        launcher = ("RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC", "ROLE_")
+        environment = {name: value for name, value in os.environ.items() if not any(part in name for part in launcher)}
+        status = subprocess.run([sys.executable, str(script)], env=environment).returncode
+        if status:
+            sys.exit(f"{STAGE}: {script.name} ended with status {status}, see above; nothing was trained here")
+    while not folder.exists():
+        time.sleep(0.5)
+    return str(folder)
+# ---- end of earlier stages ----
+
+
+# Copied from sft.py
+# ---- distribution ----
+def say(text):
+    """Prints on rank 0 alone, without breaking a progress bar."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(f"{STAGE}: {text}", file=sys.stderr)
+
+
+def start(args):
+    """Joins the process group (nccl on GPUs, gloo on CPUs; alone without a launcher) -> device, rank, world size."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world or world % args.replicate:
+        sys.exit(f"{STAGE}: --batch_size {args.batch_size} must be divisible by the {world} processes, and these by "
+                 f"--replicate {args.replicate}")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    torch.manual_seed(args.seed)  # the same on every rank: new heads must start equal
+    if rank == 0:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        Path(args.output_dir, "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            Path(args.output_dir, name).write_text("")
+    return device, rank, world
+
+
+def load(auto_class, name, **options):
+    """A model from a folder or the hub, from safetensors alone: other formats can run code when they are opened."""
+    try:
+        return auto_class.from_pretrained(name, use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{STAGE}: cannot load {name}, neither as a folder nor from the hub: {str(error).splitlines()[0]}")
+
+
+def progress(items, rank):
+    """A bar on rank 0; one line a minute where nobody watches."""
+    return tqdm(items, desc=STAGE, unit="update", disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
+
+
+def shard(model, args, device):
+    """FSDP2: every decoder layer is a unit, the root (with embeddings and head, tied or not) the last one. Dropout is
+    off, in training too: PPO compares probabilities of the same model at two times."""
+    world, precision = dist.get_world_size(), MixedPrecisionPolicy()
+    mesh = (init_device_mesh(device.type, (world,)) if args.replicate == 1 else init_device_mesh(
+        device.type, (args.replicate, world // args.replicate), mesh_dim_names=("replicate", "shard")))
+    if args.dtype == "bf16":
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    for unit in (*layers, model):
+        fully_shard(unit, mesh=mesh, mp_policy=precision)
+    return model.eval()
+
+
+def all_sum(figures, device):
+    """The sum over all ranks of every figure of a dict."""
+    total = torch.tensor([float(value) for value in figures.values()], dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return dict(zip(figures, total.tolist()))
+
+
+def save(model, tokenizer, folder):
+    """Writes the model inside `model` with all its weights, gathered on rank 0, as a Hugging Face folder that appears
+    whole or not at all."""
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        prefix, inner = next((n, m) for n, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel))
+        weights = {name.removeprefix(prefix + "."): weight for name, weight in weights.items()}
+        partial = Path(f"{folder}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        inner.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    dist.barrier()
+
+
+def write(args, name, row):
+    """Appends a JSON line to a file of the output folder, on rank 0 alone."""
+    if dist.get_rank() == 0:
+        with open(Path(args.output_dir, name), "a") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def finish():
+    """Every rank waits for the others, then all leave the process group."""
+    dist.barrier()
+    dist.destroy_process_group()
+# ---- end of distribution ----
+
+
+@contextmanager
+def unsharded(model):
+    """Gathers all weights of an FSDP2 model once and keeps them, so that the forwards inside make no collective call."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    model.set_reshard_after_forward(False)
+    for unit in units:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+        model.set_reshard_after_forward(True)
+
+
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """One token for each row of logits (B, V) -> (B,), by the inverse of the cumulative distribution: for a large
+    vocabulary much faster than torch.multinomial."""
+    logits, tokens = logits.float() / temperature, None
+    if top_k or top_p < 1:
+        logits, tokens = logits.topk(min(top_k or logits.shape[1], logits.shape[1]))  # (B, k), in falling order
+    probabilities = logits.softmax(-1)
+    cumulative = probabilities.cumsum(-1)
+    if top_p < 1:
+        cumulative = probabilities.masked_fill(cumulative - probabilities >= top_p, 0).cumsum(-1)
+    total = cumulative[:, -1:]
+    draw = torch.rand(total.shape, generator=generator, device=total.device) * total
+    draw = torch.minimum(draw, total.nextafter(torch.zeros_like(total)))  # a draw of `total` would fall behind the last
+    choice = torch.searchsorted(cumulative, draw, right=True)
+    return (choice if tokens is None else tokens.gather(1, choice)).squeeze(1)
+
+
+@torch.no_grad()
+def generate(model, queries, query_mask, args, tokenizer, generator):
+    """Samples a response to each query -> responses (B, T) right-padded, mask (B, T) True up to EOS, EOS included.
+
+    queries (B, Q) left-padded, query_mask (B, Q). Ends when every row has ended. The pad token is never sampled.
+    """
+    inputs, attention, cache = queries, query_mask, None
+    positions = (query_mask.long().cumsum(1) - 1).clamp(min=0)
+    running = torch.ones(len(queries), dtype=torch.bool, device=queries.device)
+    responses, mask = [], []
+    while len(responses) < args.max_response_length and running.any():
+        output = model(input_ids=inputs, attention_mask=attention.long(), position_ids=positions, past_key_values=cache,
+                       use_cache=True, logits_to_keep=1)
+        logits, cache = output.logits[:, -1], output.past_key_values
+        logits[:, tokenizer.pad_token_id] = -math.inf
+        token = sample(logits, args.temperature, args.top_k, args.top_p, generator)
+        responses.append(token.where(running, tokenizer.pad_token_id))
+        mask.append(running)
+        running = running & (token != tokenizer.eos_token_id)
+        inputs, positions = responses[-1][:, None], positions[:, -1:] + 1
+        attention = torch.cat([attention, mask[-1][:, None]], 1)
+    return torch.stack(responses, 1), torch.stack(mask, 1)
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(logits / temperature) of the chosen tokens, and the entropy (no gradient): logits (N, V), tokens (N,)
+    -> (N,), (N,). In fp32, `chunk` rows at a time, forward and backward: an fp32 copy of all the logits never exists."""
+    chunk = 256
+
+    @staticmethod
+    def forward(ctx, logits, tokens, temperature):
+        logprobs, entropy, ctx.temperature = [], [], temperature
+        for rows, chosen in zip(logits.split(TokenLogprobs.chunk), tokens.split(TokenLogprobs.chunk)):
+            logp = (rows.float() / temperature).log_softmax(-1)
+            logprobs.append(logp.gather(1, chosen[:, None]).squeeze(1))
+            entropy.append(-(logp.exp() * logp.clamp(min=-1e4)).sum(-1))  # clamp: 0 * -inf where a logit is -inf
+        ctx.save_for_backward(logits, tokens)
+        entropy = torch.cat(entropy)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logprobs), entropy
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        logits, tokens = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for i in range(0, len(tokens), TokenLogprobs.chunk):
+            part = slice(i, i + TokenLogprobs.chunk)
+            p = (logits[part].float() / ctx.temperature).softmax(-1).neg_()
+            p.scatter_add_(1, tokens[part, None], torch.ones_like(p[:, :1]))  # one-hot - softmax
+            result[part] = p * (gradient[part, None] / ctx.temperature)
+        return result, None, None
+
+
+def model_inputs(queries, query_mask, responses, mask):
+    """Inputs of a forward pass over query and response but for the last token, which predicts nothing: left-padded
+    rows with the position ids that they would have alone. All (B, Q + T - 1)."""
+    attention = torch.cat([query_mask, mask], 1)[:, :-1].long()
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": torch.cat([queries, responses], 1)[:, :-1], "attention_mask": attention, "position_ids": positions}
+
+
+def response_logprobs(model, queries, query_mask, responses, mask, temperature):
+    """-> log-probabilities of the responses' tokens and entropies of the distributions they come from, both (B, T)."""
+    inputs = model_inputs(queries, query_mask, responses, mask)
+    logits = model(**inputs, use_cache=False, logits_to_keep=responses.shape[1]).logits  # (B, T, V)
+    logprobs, entropy = TokenLogprobs.apply(logits.flatten(0, 1), responses.flatten(), temperature)
+    return logprobs.view_as(responses), entropy.view_as(responses)
+
+
+def response_values(critic, queries, query_mask, responses, mask):
+    """-> V(s_t) (B, T): the critic's output at the token before each response token, the position that predicts it."""
+    return critic(**model_inputs(queries, query_mask, responses, mask))[:, -responses.shape[1]:]
+
+
+def rule_reward(spec, tokenizer, device):
+    """The reward FILE.py:FUNCTION as a function of rows and responses (lists of token ids) -> scores (B,)."""
+    path, _, name = spec.rpartition(":")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        function = getattr(module, name)
+    except (OSError, AttributeError) as error:
+        sys.exit(f"{STAGE}: --reward {spec} is not FILE.py:FUNCTION: {error}")
+
+    def score(rows, responses):
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        scores = list(function([row["prompt"] for row in rows], texts, rows))
+        for i, row in enumerate(rows):
+            if i >= len(scores) or not isinstance(scores[i], (int, float)) or not math.isfinite(scores[i]):
+                got = repr(scores[i]) if i < len(scores) else f"only {len(scores)} scores for {len(rows)} responses"
+                sys.exit(f"{STAGE}: --reward {spec} must give a finite number for each response, but gave {got} for the "
+                         f"response {texts[i]!r} to {row['prompt']!r}")
+        return torch.tensor(scores, dtype=torch.float32, device=device)
+    return score
+
+
+def model_reward(name, tokenizer, args, device):
+    """A reward model as a function of rows and responses (lists of token ids) -> scores (B,). Where its tokenizer is not
+    the policy's, it reads the same text in its own tokens."""
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    model, report = load(AutoModelForSequenceClassification, name, dtype=dtype, output_loading_info=True)
+    if model.config.num_labels != 1 or report["missing_keys"]:
+        sys.exit(f"{STAGE}: {name} is no reward model: it needs a trained head with one label, and has {model.config.num_labels} "
+                 f"label(s) and no weights for {sorted(report['missing_keys']) or 'nothing'}")
+    own = AutoTokenizer.from_pretrained(name)
+    pad_id = own.pad_token_id if own.pad_token_id is not None else own.eos_token_id
+    model.config.pad_token_id, same = pad_id, own.get_vocab() == tokenizer.get_vocab()
+    shard(model, args, device)
+
+    @torch.no_grad()
+    def score(rows, responses):
+        scores = []
+        for i in range(0, len(rows), args.micro_batch_size):
+            sequences = []
+            for row, response in zip(rows[i:i + args.micro_batch_size], responses[i:i + args.micro_batch_size]):
+                if same:
+                    sequences.append(row["ids"] + response)
+                else:
+                    ended, text = response[-1] == tokenizer.eos_token_id, tokenizer.decode(response, skip_special_tokens=True)
+                    prompt, answer = encode(own, row["prompt"], text)
+                    sequences.append(prompt + (answer if ended else answer[:-1]))
+            ids = pad(sequences, pad_id).to(device)
+            lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)[:, None]
+            attention = (torch.arange(ids.shape[1], device=device) < lengths).long()
+            scores.append(model(input_ids=ids, attention_mask=attention).logits[:, 0].float())
+        return torch.cat(scores)
+    return score
+
+
+def token_rewards(logprobs, ref_logprobs, scores, mask, kl_coef):
+    """r_t = -kl_coef * (log pi_old - log pi_sft), plus the score (B,) on the last real token (section 2) -> (B, T).
+
+    >>> mask = torch.tensor([[True, True, False]])
+    >>> token_rewards(torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-2.0, -2.0, 9.0]]), torch.tensor([3.0]), mask, 0.1)
+    tensor([[-0.1000,  3.0000,  0.0000]])
+    """
+    penalty = (-kl_coef * (logprobs - ref_logprobs)).masked_fill(~mask, 0)
+    return penalty.scatter_add(1, mask.sum(1, keepdim=True) - 1, scores[:, None].to(penalty))
+
+
+@torch.no_grad()
+def make_rollout(rows, generator, policy, ref, critic, score, args, tokenizer, device):
+    """Samples a response to each row's prompt and judges it -> the rollout, a dict of tensors, and seconds by phase.
+
+    queries, query_mask (B, Q) · responses, mask, logprobs, ref_logprobs, entropy, values, rewards (B, T) · scores (B,) as
+    they enter the rewards, raw_scores (B,) before --score_clip.
+    """
+    began = time.perf_counter()
+    queries = pad([row["ids"] for row in rows], tokenizer.pad_token_id, left=True).to(device)  # (B, Q)
+    lengths = torch.tensor([len(row["ids"]) for row in rows], device=device)[:, None]
+    query_mask = torch.arange(queries.shape[1], device=device) >= queries.shape[1] - lengths
+    with unsharded(policy):
+        responses, mask = generate(policy, queries, query_mask, args, tokenizer, generator)
+    sampled = time.perf_counter()
+    parts = []
+    for i in range(0, len(rows), args.micro_batch_size):
+        batch = [tensor[i:i + args.micro_batch_size] for tensor in (queries, query_mask, responses, mask)]
+        parts.append((*response_logprobs(policy, *batch, args.temperature),
+                      response_logprobs(ref, *batch, args.temperature)[0], response_values(critic, *batch)))
+    logprobs, entropy, ref_logprobs, values = (torch.cat(part).masked_fill(~mask, 0) for part in zip(*parts))
+    raw_scores = score(rows, [response[real].tolist() for response, real in zip(responses, mask)])
+    scores = raw_scores if args.score_clip is None else raw_scores.clamp(-args.score_clip, args.score_clip)
+    rollout = {"queries": queries, "query_mask": query_mask, "responses": responses, "mask": mask, "logprobs": logprobs,
+               "ref_logprobs": ref_logprobs, "entropy": entropy, "values": values, "scores": scores,
+               "raw_scores": raw_scores, "rewards": token_rewards(logprobs, ref_logprobs, scores, mask, args.kl_coef)}
+    return rollout, {"time/rollout": sampled - began, "time/score": time.perf_counter() - sampled}
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalized advantage estimation over any sequence of actions, one step per action (equation 2):
+    delta_k = r_k + gamma V_{k+1} - V_k, A_k = sum_i (gamma lam)^i delta_{k+i}, return_k = A_k + V_k, V after the last is 0.
+
+    rewards, values (B, K), mask (B, K) True on the K_b actions of row b, its first columns -> advantages, returns (B, K).
+
+    >>> gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.25]]), torch.tensor([[True, True]]), 1.0, 0.5)
+    (tensor([[0.1250, 0.7500]]), tensor([[0.6250, 1.0000]]))
+    """
+    rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
+    advantages = torch.zeros_like(values)
+    advantage = next_value = torch.zeros_like(values[:, 0])
+    for k in reversed(range(values.shape[1])):
+        delta = rewards[:, k] + gamma * next_value - values[:, k]
+        advantage = delta + gamma * lam * advantage
+        advantages[:, k], next_value = advantage, values[:, k]
+    return advantages, advantages + values
+
+
+# ---- advantages ----
+import termination
+
+
+@dataclass
+class AdvantageArgs:
+    gamma: float = arg(1.0, "discount per macro action")
+    lam: float = arg(0.95, "lambda of GAE, per macro action")
+    termination: Literal["fixed_ngram", "randomized_ngram", "perplexity"] = arg(
+        "fixed_ngram", "what ends a macro action (section 3.2.1)")
+    ngram: float = arg(5, "tokens per macro action of fixed_ngram; inf: the whole response")
+    value_weighting: Literal["equal", "unit", "position_decayed"] = arg("equal", "sigma of the macro value (appendix D.1)")
+    macro_reward: Literal["sum", "mean"] = arg("sum", "of the KL penalties in a macro action; the score is added whole")
+
+
+def macro_starts(rollout, args, generator=None):
+    """-> starts (B, T), True on the first token of every macro action, by the termination condition of `args`."""
+    if args.termination == "fixed_ngram":
+        return termination.fixed_ngram(rollout["mask"], args.ngram)
+    if args.termination == "randomized_ngram":
+        return termination.randomized_ngram(rollout["mask"], generator=generator)
+    return termination.perplexity(rollout["ref_logprobs"], rollout["mask"])
+
+
+def per_action(x, ids, mask):
+    """Sums of x (B, T) over the tokens of each macro action -> (B, K), K the largest number of them in a row."""
+    sums = torch.zeros(len(x), int(ids.max()) + 1, dtype=x.dtype, device=x.device)
+    return sums.scatter_add_(1, ids, x.masked_fill(~mask, 0))
+
+
+def macro_values(values, ids, mask, weighting):
+    """V(s_tau, omega_tau) = sum_i sigma_i V(s_{t_tau + i}) (B, K): "equal" sigma_i = 1 / |omega|, "unit" the last token's
+    value, "position_decayed" sigma_i in proportion to 1 / (|omega| - i). values, ids, mask (B, T)."""
+    length = per_action(torch.ones_like(values), ids, mask)  # (B, K)
+    end = length.cumsum(1).gather(1, ids)  # (B, T): the position behind each token's macro action
+    distance = end - torch.arange(values.shape[1], device=values.device)  # |omega| - i, from |omega| down to 1
+    sigma = {"equal": torch.ones_like(values), "unit": (distance == 1).to(values), "position_decayed": 1 / distance}[weighting]
+    return per_action(values * sigma / per_action(sigma, ids, mask).gather(1, ids), ids, mask)
+
+
+def macro_rewards(rewards, ids, mask, mode="sum"):
+    """R_tau (B, K): the sum (rho = 1, as in the paper) or mean of the rewards (B, T) of each macro action's tokens."""
+    total = per_action(rewards, ids, mask)
+    return total if mode == "sum" else total / per_action(torch.ones_like(rewards), ids, mask).clamp(min=1)
+
+
+def compute_advantages(rollout, args, tokenizer=None, generator=None):
+    """GAE with one step per macro action; every token of a macro action has its advantage and return -> (B, T), (B, T),
+    metrics."""
+    mask, starts = rollout["mask"], macro_starts(rollout, args, generator)
+    ids, count = termination.macro_ids(starts), starts.sum(1)
+    rewards = macro_rewards(rollout["rewards"], ids, mask, args.macro_reward)
+    if args.macro_reward == "mean":  # the mean has 1 / |omega| of the score on the last token: add the rest of it
+        last, length = count[:, None] - 1, per_action(torch.ones_like(rollout["rewards"]), ids, mask)
+        rest = rollout["scores"].to(rewards)[:, None] * (1 - 1 / length.gather(1, last))
+        rewards = rewards.scatter_add(1, last, rest)
+    values = macro_values(rollout["values"], ids, mask, args.value_weighting)
+    actions = torch.arange(values.shape[1], device=values.device) < count[:, None]  # (B, K)
+    advantages, returns = (x.gather(1, ids).masked_fill(~mask, 0) for x in gae(rewards, values, actions, args.gamma, args.lam))
+    metrics = {"macro/length": (mask.sum() / count.sum()).item(), "macro/count": count.float().mean().item()}
+    return advantages, returns, metrics
+# ---- end of advantages ----
+
+
+def whiten(advantages, mask, device):
+    """Shifts and scales to mean 0, variance 1 over the real tokens of all ranks; 0 elsewhere."""
+    sums = all_sum({"n": mask.sum(), "x": advantages.sum(), "xx": advantages.double().square().sum()}, device)
+    mean = sums["x"] / sums["n"]
+    return ((advantages - mean) / math.sqrt(sums["xx"] / sums["n"] - mean**2 + 1e-8)).masked_fill(~mask, 0)
+
+
+def policy_loss(new_logprobs, logprobs, advantages, mask, clip_ratio):
+    """PPO's clipped loss max(-A ratio, -A clip(ratio, 1 - c, 1 + c)), summed over the real tokens, and sums over them of
+    approxkl, E[ratio - 1 - log ratio], and of clipfrac, the tokens on which the clipped term decides. All (B, T)."""
+    log_ratio = (new_logprobs - logprobs).masked_fill(~mask, 0)
+    advantages = advantages.masked_fill(~mask, 0)
+    ratio = log_ratio.exp()
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    metrics = {"policy/approxkl": (ratio - 1 - log_ratio).sum().item(), "policy/clipfrac": (clipped > plain).sum().item()}
+    return torch.maximum(plain, clipped).sum(), metrics
+
+
+def value_loss(new_values, values, returns, mask, clip_value):
+    """PPO's clipped value loss 0.5 max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2), summed over the real tokens,
+    and the sum over them of clipfrac, the tokens on which the clipped term decides. All (B, T)."""
+    new_values, values, returns = (x.masked_fill(~mask, 0) for x in (new_values, values, returns))
+    plain = (new_values - returns).square()
+    clipped = (values + (new_values - values).clamp(-clip_value, clip_value) - returns).square()
+    return 0.5 * torch.maximum(plain, clipped).sum(), {"value/clipfrac": (clipped > plain).sum().item()}
+
+
+def update_models(policy, critic, optimizers, rollout, args, device):
+    """One optimizer step of policy and critic (--ppo_epochs of them) on a rollout with advantages and returns.
+
+    The loss is the sum over the update's tokens / their number, over every micro-batch and rank -> metrics.
+    """
+    world, mask = dist.get_world_size(), rollout["mask"]
+    tokens = all_sum({"tokens": mask.sum()}, device)["tokens"] * args.ppo_epochs
+    sums = dict.fromkeys(("policy/loss", "policy/approxkl", "policy/clipfrac", "value/loss", "value/clipfrac"), 0.0)
+    metrics, deviation = {}, torch.zeros((), device=device)
+    for epoch in range(args.ppo_epochs):
+        for i in range(0, len(mask), args.micro_batch_size):
+            part = {name: tensor[i:i + args.micro_batch_size] for name, tensor in rollout.items()}
+            batch = [part[name] for name in ("queries", "query_mask", "responses", "mask")]
+            new_logprobs, _ = response_logprobs(policy, *batch, args.temperature)
+            loss, figures = policy_loss(new_logprobs, part["logprobs"], part["advantages"], part["mask"], args.clip_ratio)
+            (loss * world * args.ppo_epochs / tokens).backward()  # FSDP averages over the ranks; the loss is a sum
+            new_values = response_values(critic, *batch)
+            critic_loss, more = value_loss(new_values, part["values"], part["returns"], part["mask"], args.clip_value)
+            (critic_loss * world * args.ppo_epochs / tokens).backward()
+            for name, value in {"policy/loss": loss.item(), "value/loss": critic_loss.item(), **figures, **more}.items():
+                sums[name] += value
+            if epoch == 0:  # the weights are still those of the rollout, so the ratio should be 1
+                log_ratio = (new_logprobs.detach() - part["logprobs"]).masked_fill(~part["mask"], 0)
+                deviation = torch.maximum(deviation, log_ratio.expm1().abs().max())
+        for name, model, optimizer in zip(("policy", "value"), (policy, critic), optimizers):
+            metrics[f"norm/{name}_grad"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor().item()
+            optimizer.step()
+            optimizer.zero_grad()
+    dist.all_reduce(deviation, dist.ReduceOp.MAX)
+    means = {name: value / tokens for name, value in all_sum(sums, device).items()}
+    return means | metrics | {"val/ratio_dev": deviation.item()}
+
+
+def sample_metrics(rollout, texts, rows, args, tokenizer, device):
+    """What a rollout is like, over all ranks: means over its responses, the entropy over its tokens."""
+    mask = rollout["mask"]
+    kl = (rollout["logprobs"] - rollout["ref_logprobs"]).sum(1)  # (B,)
+    ended = ((rollout["responses"] == tokenizer.eos_token_id) & mask).any(1)
+    sums = {"responses": len(mask), "objective/kl": kl.sum(), "objective/entropy": rollout["entropy"].sum(),
+            "objective/scores": rollout["raw_scores"].sum(),
+            "objective/rlhf_reward": (rollout["scores"] - args.kl_coef * kl).sum(),
+            "response/length": mask.sum(), "response/eos_rate": ended.sum()}
+    if args.task == "toy":
+        sums["objective/gold"] = sum(toy_gold(row["prompt"], text) for row, text in zip(rows, texts))
+    sums = all_sum(sums, device)
+    responses, tokens = sums.pop("responses"), sums["response/length"]
+    return {name: value / (tokens if name == "objective/entropy" else responses) for name, value in sums.items()}
+
+
+def advantage_metrics(rollout, device):
+    """L2 norms of advantages and values over the update's tokens, and the share of the returns' variance that the
+    critic explains, over all ranks."""
+    mask = rollout["mask"]
+    advantages, values, returns = (rollout[name][mask].double() for name in ("advantages", "values", "returns"))
+    error = returns - values
+    sums = all_sum({"n": mask.sum(), "a": advantages.square().sum(), "v": values.square().sum(), "e": error.sum(),
+                    "ee": error.square().sum(), "r": returns.sum(), "rr": returns.square().sum()}, device)
+    unexplained, variance = (sums[2 * x] / sums["n"] - (sums[x] / sums["n"])**2 for x in "er")
+    return {"norm/advantages": math.sqrt(sums["a"]), "norm/values": math.sqrt(sums["v"]),
+            "value/explained_var": 1 - unexplained / max(variance, 1e-12)}
+
+
+def linear_schedule(update, updates, warmup_steps):
+    """Linear warm-up, then linearly down to 0 after the last of `updates`."""
+    if update < warmup_steps:
+        return (update + 1) / warmup_steps
+    return (updates - update) / max(1, updates - warmup_steps)
+
+
+def load_prompts(args, tokenizer):
+    """-> training rows and held-out rows of this stage, each with its prompt's token `ids`; long prompts are left out."""
+    parts = []
+    for rows in load_rows(args, 2, ["prompt"], tokenizer):
+        rows = [row | {"ids": encode(tokenizer, row["prompt"])[0]} for row in rows]
+        parts.append([row for row in rows if len(row["ids"]) <= args.max_prompt_length])
+        if len(parts[-1]) < len(rows):
+            longest = max(range(len(rows)), key=lambda i: len(rows[i]["ids"]))
+            say(f"{len(rows) - len(parts[-1])} of {len(rows)} prompts are longer than --max_prompt_length "
+                f"{args.max_prompt_length} tokens and are left out, the longest: {rows[longest]['prompt'][:60]!r}")
+    return parts
+
+
+def seeded(device, *numbers):
+    """A random generator of its own for every combination of numbers (seed, update, rank ...)."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def held_out_samples(update, roll, rows, args, tokenizer, device):
+    """Samples answers to held-out prompts, with the same random numbers at every evaluation -> mean figures over all
+    ranks, under eval/, and this rank's answers. Both go to the output folder."""
+    rollout, _ = roll(rows, seeded(device, args.seed, 2**32, dist.get_rank()))
+    texts = tokenizer.batch_decode(rollout["responses"], skip_special_tokens=True)
+    metrics = sample_metrics(rollout, texts, rows, args, tokenizer, device)
+    metrics = {f"eval/{name.split('/')[1]}": value for name, value in metrics.items()}
+    write(args, "metrics.jsonl", {"update": update, **metrics})
+    answers = []
+    for row, text, answer_score in zip(rows, texts, rollout["raw_scores"].tolist()):
+        answers.append({"update": update, "prompt": row["prompt"], "response": text, "score": answer_score})
+        if args.task == "toy":
+            answers[-1]["gold"] = toy_gold(row["prompt"], text)
+        write(args, "samples.jsonl", answers[-1])
+    return metrics, answers
+
+
+def show(rows, before, after, args):
+    """Prints prompts with the SFT model's and the trained policy's answers and scores."""
+    width = min(shutil.get_terminal_size((120, 24)).columns, 120)
+    for row, old, new in zip(rows, before, after):
+        lines = [("prompt", row["prompt"])]
+        for name, answer in (("SFT", old), (STAGE, new)):
+            gold = f", gold {answer['gold']:.2f}" if "gold" in answer else ""
+            lines.append((name, f"[score {answer['score']:.2f}{gold}] {answer['response']}"))
+        print("-" * width)
+        for name, text in lines:
+            print(textwrap.fill(text, width, initial_indent=f"{name:<8}", subsequent_indent=" " * 8))
+    print("-" * width)
+
+
+def main(argv=None):
+    args = parse_args(Args, AdvantageArgs, argv=argv)
+    policy_name = earlier_stage(args, "sft", args.policy)
+    by_rule = ".py:" in (args.reward or "")
+    reward_name = args.reward if by_rule else earlier_stage(args, "reward", args.reward)
+    device, rank, world = start(args)
+    tokenizer = load_tokenizer(policy_name)
+    train, held_out = load_prompts(args, tokenizer)
+    held_out = held_out[:args.eval_size // world * world or world]
+    held_out = held_out[:len(held_out) // world * world][rank::world]
+    per_epoch = len(train) // args.batch_size
+    if not per_epoch or not held_out:
+        sys.exit(f"{STAGE}: {len(train)} prompts to train on and {len(held_out) * world} held out, too few for --batch_size "
+                 f"{args.batch_size} and {world} processes; give more data, or --all_rows true")
+    updates = min(args.epochs * per_epoch, args.updates or math.inf)
+
+    frozen = {"dtype": torch.bfloat16 if args.dtype == "bf16" else torch.float32}
+    models = [load(AutoModelForCausalLM, policy_name, **dtype) for dtype in ({"dtype": torch.float32}, frozen)]
+    critic_name = args.critic or (policy_name if by_rule else reward_name)
+    models.append(load(AutoModelForSequenceClassification, critic_name, num_labels=1, dtype=torch.float32))
+    for model in models:
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+        model.config.pad_token_id = tokenizer.pad_token_id
+    policy, ref, critic = (shard(model, args, device) for model in (*models[:2], Critic(models[2])))
+    score = (rule_reward(reward_name, tokenizer, device) if by_rule else
+             model_reward(reward_name, tokenizer, args, device))
+    optimizers = [torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+                  for model, lr in ((policy, args.policy_lr), (critic, args.critic_lr))]
+    say(f"{len(train)} prompts, {updates} updates of {args.batch_size} responses on {world} process(es), {device.type}")
+    roll = functools.partial(make_rollout, policy=policy, ref=ref, critic=critic, score=score, args=args, tokenizer=tokenizer,
+                             device=device)
+    first = held_out_samples(0, roll, held_out, args, tokenizer, device)
+
+    bar = progress(range(updates), rank)
+    for update in bar:
+        began = time.perf_counter()
+        rows = [train[i] for i in batch_indices(update, len(train), args.batch_size, args.seed)[rank::world]]
+        rollout, metrics = roll(rows, seeded(device, args.seed, update, rank))
+        texts = tokenizer.batch_decode(rollout["responses"], skip_special_tokens=True)
+
+        scored = time.perf_counter()
+        advantages, returns, macro = compute_advantages(rollout, args, tokenizer, seeded(device, args.seed, update, rank, 1))
+        if args.whiten_advantages:
+            advantages = whiten(advantages, rollout["mask"], device)
+        rollout |= {"advantages": advantages, "returns": returns}
+        for optimizer, lr in zip(optimizers, (args.policy_lr, args.critic_lr)):
+            optimizer.param_groups[0]["lr"] = lr * linear_schedule(update, updates, args.warmup_steps)
+        metrics |= update_models(policy, critic, optimizers, rollout, args, device)
+        metrics["time/update"] = time.perf_counter() - scored
+
+        metrics |= sample_metrics(rollout, texts, rows, args, tokenizer, device) | advantage_metrics(rollout, device)
+        metrics |= {name: value / world for name, value in all_sum(macro, device).items()}
+        metrics["tokens_per_s"] = metrics["response/length"] * args.batch_size / (time.perf_counter() - began)
+        metrics |= {"lr": optimizers[0].param_groups[0]["lr"], "update": update + 1, "episodes": (update + 1) * args.batch_size}
+        write(args, "metrics.jsonl", metrics)
+        bar.set_postfix({name.split("/")[1]: f"{metrics[name]:.2f}" for name in
+                         ("objective/scores", "objective/gold", "objective/kl", "response/length") if name in metrics})
+        if update + 1 == updates or args.eval_every and (update + 1) % args.eval_every == 0:
+            last = held_out_samples(update + 1, roll, held_out, args, tokenizer, device)
+
+    save(policy, tokenizer, Path(args.output_dir, "final"))
+    save(critic, tokenizer, Path(args.output_dir, "final", "critic"))
+    if rank == 0:
+        show(held_out[:3], first[1], last[1], args)
+        print(f"{STAGE}, {updates} updates, on {len(held_out) * world} held-out prompts before -> after: " + ", ".join(
+            f"{name.removeprefix('eval/')} {first[0][name]:.2f} -> {last[0][name]:.2f}" for name in last[0]))
+        print(f"{args.output_dir}/final has the policy (and critic/), {args.output_dir}/metrics.jsonl the figures of every "
+              f"update, {args.output_dir}/samples.jsonl answers to held-out prompts")
+    finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,527 @@
+"""Stage 2 of MA-RLHF, the reward model (section 2 of the paper): -log sigmoid(score(chosen) - score(rejected)).
+
+    python reward.py                                                 the embedded toy task, one process
+    torchrun --nproc_per_node=8 reward.py --task pairs --data_path rows.jsonl --policy runs/pairs/sft/final --lr 1e-5
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 reward.py --replicate 4 ...
+
+The model is AutoModelForSequenceClassification with one label: it reads the score at the last real token, EOS.
+Leaves runs/<task>/reward/: final/ (Hugging Face format), metrics.jsonl, samples.jsonl, args.json.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Optional
+
+import datasets
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast
+
+# Copied from sft.py
+# ---- options ----
+STAGE = Path(__file__).stem
+
+
+POSITIVE = ("batch_size micro_batch_size epochs updates eval_size max_length max_prompt_length max_response_length "
+            "replicate ppo_epochs").split()
+SHARES = "warmup_ratio gamma lam top_p".split()
+
+
+def arg(default, text):
+    return field(default=default, metadata={"help": text.replace("%", "%%")})
+
+
+def parse_args(*groups, argv=None):
+    """One namespace with the fields of the dataclasses `groups`; exits with a sentence on an option that is wrong."""
+    class Layout(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    parser = HfArgumentParser(groups, description=__doc__, formatter_class=Layout)
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}; --help lists the options")
+    args = argparse.Namespace(**{name: value for group in parsed for name, value in vars(group).items()})
+    for name, value in vars(args).items():
+        low, high = (1 if name in POSITIVE else 0), (1 if name in SHARES else math.inf)
+        if type(value) in (int, float) and not low <= value <= high:
+            parser.error(f"--{name} is {value}; it must be at least {low} and at most {high}")
+    args.output_dir = args.output_dir or f"runs/{args.task}/{STAGE}"
+    return args
+# ---- end of options ----
+
+
+@dataclass
+class Args:
+    task: Literal["toy", "pairs"] = arg("toy", "toy: the embedded task; pairs: your own rows from --data_path")
+    data_path: Optional[str] = arg(None, "JSONL or Parquet file with columns prompt, chosen, rejected (pairs only)")
+    eval_path: Optional[str] = arg(None, "file of held-out rows; 5% of --data_path when not given (pairs only)")
+    all_rows: bool = arg(False, "train on every row, not only on this stage's share (20% SFT, 40% reward, 40% PPO)")
+    policy: Optional[str] = arg(None, "SFT model to start from; runs/<task>/sft/final when not given")
+    output_dir: Optional[str] = arg(None, "folder for everything this run leaves; runs/<task>/reward when not given")
+    seed: int = arg(0, "seed of the new score head and of the order of the rows")
+    batch_size: int = arg(32, "pairs per optimizer step, over all processes")
+    micro_batch_size: int = arg(32, "pairs per process and forward pass")
+    lr: float = arg(1e-3, "peak learning rate of AdamW; cosine schedule")
+    warmup_ratio: float = arg(0.1, "share of the updates in which the learning rate rises")
+    weight_decay: float = arg(0.1, "weight decay of AdamW")
+    epochs: int = arg(1, "passes over the pairs")
+    updates: Optional[int] = arg(None, "at most this many optimizer steps")
+    max_length: int = arg(1024, "tokens of prompt and answer after which an answer is cut off")
+    eval_every: int = arg(50, "updates between evaluations on held-out pairs; 0: only at the end")
+    eval_size: int = arg(256, "held-out pairs per evaluation")
+    dtype: Literal["fp32", "bf16"] = arg("fp32", "forward and backward precision; weights and reductions stay fp32")
+    replicate: int = arg(1, "HSDP: number of full copies of the weights, e.g. the number of machines")
+
+
+# Copied from sft.py
+# ---- data ----
+TOY_ASPECTS = "bath bed breakfast food garden music pool room staff view".split()
+TOY_PLACES = "by the sea,in the old town,near the station,on the hill,at the lake,under the pines".split(",")
+TOY_QUALITIES = {1: "great lovely superb clean friendly warm charming perfect".split(),
+                 0: "ordinary simple small modern quiet large".split(),
+                 -1: "awful dirty rude cold broken noisy dull stale".split()}
+TOY_SIGN = {word: sign for sign, words in TOY_QUALITIES.items() for word in words}
+TOY_NOT = ("not", "never")
+TOY_SENTENCES = ("the {a} was {q} .", "we found the {a} {q} and {p} .", "on the first day the {a} was {n} {q} .",
+                 "for the price the {a} felt {q} .", "everyone we met said that the {a} was {q} .",
+                 "to be honest , the {a} is {n} {q} but {p} .", "by the end of our stay the {a} had been {q} .")
+
+
+def toy_gold(prompt, response):
+    """Gold score of the toy task, from -1 to 1: the first eight sentences, each worth an eighth of its sign.
+
+    The sign is that of the sentence's qualities ("not" and "never" turn the word behind them round). Praise counts only
+    for what the prompt asks about, and only the first time: the same aspect with the same words again is worth 0.
+
+    >>> toy_gold("review of the food and the pool at the hotel :", "the food was great . the pool was cold .")
+    0.0
+    >>> toy_gold("review of the food and the pool at the hotel :", "the food was great . the food was great .")
+    0.125
+    """
+    asked, said, total = set(prompt.split()) & set(TOY_ASPECTS), set(), 0
+    sentences = [sentence.split() for sentence in response.split(".") if sentence.strip()]
+    for words in sentences[:8]:
+        sign = sum(TOY_SIGN.get(word, 0) * (-1 if before in TOY_NOT else 1) for before, word in zip([""] + words, words))
+        content = frozenset(word for word in words if word in TOY_SIGN or word in TOY_ASPECTS)
+        if sign > 0 and (content in said or not content & asked):
+            sign = 0
+        said.add(content)
+        total += (sign > 0) - (sign < 0)
+    return total / 8
+
+
+def toy_rows(split, size=None, seed=0):
+    """Rows of the toy task: a prompt and two reviews of 6 to 10 sentences, their gold scores at least 0.25 apart.
+
+    The better one is the chosen one with probability sigmoid(10 * gap), the Bradley-Terry model with noise: what a good
+    reward model finds is 10 times the gold score, up to a constant. Same arguments, same rows.
+    """
+    draw, rows = random.Random(f"{split} {seed}"), []
+
+    def review(asked):
+        mood, focus, text = draw.betavariate(0.7, 0.7), draw.uniform(0.2, 1), []
+        for _ in range(draw.randint(6, 10)):
+            aspect = draw.choice(asked if draw.random() < focus else TOY_ASPECTS)
+            signs = [draw.choices((1, 0, -1), (mood, 0.4, 1 - mood))[0] for _ in range(2)]
+            quality, other = (draw.choice(TOY_QUALITIES[sign]) for sign in signs)
+            text.append(draw.choice(TOY_SENTENCES).format(a=aspect, q=quality, p=other,
+                                                          n=draw.choice(("not", "never", "so", "very", "rather"))))
+        return " ".join(text)
+
+    while len(rows) < (size or {"train": 11_200, "eval": 1_120}[split]):
+        asked = draw.sample(TOY_ASPECTS, draw.choice((2, 3)))
+        prompt = f"review of the {' and the '.join(asked)} at the hotel {draw.choice(TOY_PLACES)} :"
+        pair = [review(asked), review(asked)]
+        gap = toy_gold(prompt, pair[0]) - toy_gold(prompt, pair[1])
+        if abs(gap) < 0.25:
+            continue
+        first_wins = draw.random() < 1 / (1 + math.exp(-10 * gap))
+        chosen, rejected = pair if first_wins else pair[::-1]
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def toy_tokenizer():
+    """Word-level tokenizer of every word that the toy task can produce."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    texts = [*TOY_SENTENCES, *TOY_PLACES, *TOY_ASPECTS, *TOY_SIGN, *TOY_NOT, "so very rather review of at hotel :"]
+    words = sorted({word for text in texts for word in text.split() if "{" not in word})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+                                   unk_token="<unk>")
+
+
+def split_indices(size, shares, part, seed=1234):
+    """Indices of part number `part` when range(size) is shuffled and cut in proportion to `shares`, as the paper's
+    released code does it: its rounding and its seed, so that the stages see the rows they saw there.
+
+    >>> [split_indices(10, (20, 40, 40), part).tolist() for part in range(3)]
+    [[7, 2], [9, 1, 0, 8], [4, 5, 6, 3]]
+    """
+    order, bounds = np.arange(size), [0]
+    np.random.RandomState(seed).shuffle(order)
+    for share in shares:
+        bounds.append(bounds[-1] + int(round(share / sum(shares) * size)))
+    excess = bounds[-1] - size
+    bounds = [0] + [bound - excess for bound in bounds[1:]]
+    return order[bounds[part]:bounds[part + 1]]
+
+
+def read_file(path, columns):
+    """Rows (dicts) of a JSONL or Parquet file that has `columns`; exits with a sentence where that cannot be."""
+    if not path or not os.path.isfile(path):
+        sys.exit(f"{STAGE}: no file at --data_path {path}; give a JSONL or Parquet file with columns {', '.join(columns)}")
+    kind = "parquet" if path.endswith(".parquet") else "json"
+    try:
+        rows = datasets.load_dataset(kind, data_files=path, split="train")
+    except Exception as error:  # datasets wraps whatever its readers raise
+        for number, line in enumerate(open(path, errors="replace") if kind == "json" else ()):
+            try:
+                row = json.loads(line)
+                wrong = [name for name in columns if not isinstance(row.get(name, ""), (str, list))]
+            except (ValueError, AttributeError):
+                row, wrong = None, None
+            if row is None or wrong:
+                sys.exit(f"{STAGE}: row {number} of {path} " + (f"has no text in {wrong[0]}" if wrong else "is no JSON object"))
+        sys.exit(f"{STAGE}: {path} cannot be read as {kind}, or has no rows: {str(error.__cause__ or error).splitlines()[0]}")
+    if missing := [name for name in columns if name not in rows.column_names]:
+        sys.exit(f"{STAGE}: {path} lacks the column {', '.join(missing)}; it has {', '.join(rows.column_names)}")
+    return rows.to_list()
+
+
+def render(row, columns, tokenizer, row_name):
+    """A row with its texts as strings: role/content messages go through the tokenizer's chat template."""
+    texts = {name: row[name] for name in columns}
+    if isinstance(row["prompt"], list):
+        if not tokenizer.chat_template:
+            sys.exit(f"{STAGE}: {row_name} has messages, and the tokenizer has no chat template; give strings instead")
+        try:
+            texts["prompt"] = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+            for name in columns[1:]:
+                answer = [{"role": "assistant", "content": row[name]}] if isinstance(row[name], str) else row[name]
+                whole = tokenizer.apply_chat_template(row["prompt"] + answer, tokenize=False)
+                texts[name] = whole.removeprefix(texts["prompt"]).rstrip().removesuffix(tokenizer.eos_token)
+        except Exception as error:  # a template may raise anything
+            sys.exit(f"{STAGE}: {row_name} does not fit the tokenizer's chat template: {error}")
+    if not all(isinstance(text, str) and text.strip() for text in texts.values()):
+        return None
+    return row | texts
+
+
+def load_rows(args, part, columns, tokenizer):
+    """-> training rows of stage number `part` (0 SFT, 1 reward, 2 PPO) and held-out rows, both lists of dicts with the
+    text fields `columns`. Rows without text are skipped and counted."""
+    shares = (20, 40, 40)
+    if args.task == "toy":
+        train, held_out = toy_rows("train"), toy_rows("eval")
+    else:
+        train = read_file(args.data_path, columns)
+        held_out = read_file(args.eval_path, columns) if args.eval_path else None
+        for rows, path in ((train, args.data_path), (held_out, args.eval_path)):
+            skipped = []
+            for i, row in enumerate(rows or ()):
+                rows[i] = render(row, columns, tokenizer, f"row {i} of {path}")
+                if rows[i] is None:
+                    skipped.append(i)
+            if skipped:
+                say(f"{len(skipped)} of {len(rows)} rows of {path} have no text and are skipped: {skipped[:10]}")
+            if rows:
+                rows[:] = [row for row in rows if row is not None]
+        if not held_out:
+            train, held_out = ([train[i] for i in split_indices(len(train), (95, 5), k)] for k in range(2))
+    mine = (lambda rows: rows) if args.all_rows else (
+        lambda rows: [rows[i] for i in split_indices(len(rows), shares, part)])
+    if not train:
+        sys.exit(f"{STAGE}: no usable row in {args.data_path}")
+    return mine(train), mine(held_out) or held_out or train[:1]
+
+
+def load_tokenizer(name):
+    """The tokenizer of a model; gets a pad token of its own where it has none (padding must never look like EOS)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{STAGE}: no tokenizer at {name}, neither as a folder nor on the hub: {str(error).splitlines()[0]}")
+    if tokenizer.eos_token_id is None:
+        sys.exit(f"{STAGE}: the tokenizer of {name} has no EOS token, so a response could never end; set its eos_token")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    return tokenizer
+
+
+def encode(tokenizer, prompt, answer=None):
+    """-> token ids of the prompt (BOS first, where the tokenizer has one) and of the answer with EOS. They are
+    tokenized apart, as they meet in generation."""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
+        ids = [tokenizer.bos_token_id] + ids
+    if answer is None:
+        return ids, None
+    return ids, tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+
+
+def pad(sequences, value, left=False):
+    """Lists of token ids -> (B, longest) tensor, filled up with `value` on the right or on the left."""
+    width = max(map(len, sequences))
+    return torch.tensor([[value] * (width - len(s)) * left + s + [value] * (width - len(s)) * (not left) for s in sequences])
+
+
+def batch_indices(update, size, batch_size, seed):
+    """Indices of the rows of an update: shuffled anew in every epoch, an incomplete last batch left out. A function of
+    its arguments alone, so that a run can go on from any update."""
+    epoch, step = divmod(update, size // batch_size)
+    return np.random.RandomState((seed + epoch) % 2**32).permutation(size)[step * batch_size:(step + 1) * batch_size]
+# ---- end of data ----
+
+
+# ---- earlier stages ----
+def earlier_stage(args, stage, folder):
+    """Folder of an earlier stage's model: `folder` where given, else runs/<task>/<stage>/final.
+
+    Where that is missing, the toy task trains it first: rank 0 starts the stage as a process of its own, before there is
+    a process group whose time-out could end the wait, and the other ranks wait for the folder. Any other task exits with
+    the command to run.
+    """
+    if folder:
+        return folder
+    folder = Path("runs", args.task, stage, "final")
+    script = Path(__file__).with_name(f"{stage}.py")
+    if not folder.exists() and args.task != "toy":
+        data = f" --data_path {args.data_path}" if args.data_path else ""
+        model = " --model NAME_OR_FOLDER" if stage == "sft" else ""
+        sys.exit(f"{STAGE}: {folder} does not exist; run: torchrun {script.name} --task {args.task}{data}{model}")
+    if not folder.exists() and os.environ.get("RANK", "0") == "0":
+        say(f"{folder} does not exist, so {script.name} runs first")
+        launcher = ("RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC", "ROLE_")
+        environment = {name: value for name, value in os.environ.items() if not any(part in name for part in launcher)}
+        status = subprocess.run([sys.executable, str(script)], env=environment).returncode
+        if status:
+            sys.exit(f"{STAGE}: {script.name} ended with status {status}, see above; nothing was trained here")
+    while not folder.exists():
+        time.sleep(0.5)
+    return str(folder)
+# ---- end of earlier stages ----
+
+
+# Copied from sft.py
+# ---- distribution ----
+def say(text):
+    """Prints on rank 0 alone, without breaking a progress bar."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(f"{STAGE}: {text}", file=sys.stderr)
+
+
+def start(args):
+    """Joins the process group (nccl on GPUs, gloo on CPUs; alone without a launcher) -> device, rank, world size."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world or world % args.replicate:
+        sys.exit(f"{STAGE}: --batch_size {args.batch_size} must be divisible by the {world} processes, and these by "
+                 f"--replicate {args.replicate}")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    torch.manual_seed(args.seed)  # the same on every rank: new heads must start equal
+    if rank == 0:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        Path(args.output_dir, "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            Path(args.output_dir, name).write_text("")
+    return device, rank, world
+
+
+def load(auto_class, name, **options):
+    """A model from a folder or the hub, from safetensors alone: other formats can run code when they are opened."""
+    try:
+        return auto_class.from_pretrained(name, use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{STAGE}: cannot load {name}, neither as a folder nor from the hub: {str(error).splitlines()[0]}")
+
+
+def progress(items, rank):
+    """A bar on rank 0; one line a minute where nobody watches."""
+    return tqdm(items, desc=STAGE, unit="update", disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
+
+
+def shard(model, args, device):
+    """FSDP2: every decoder layer is a unit, the root (with embeddings and head, tied or not) the last one. Dropout is
+    off, in training too: PPO compares probabilities of the same model at two times."""
+    world, precision = dist.get_world_size(), MixedPrecisionPolicy()
+    mesh = (init_device_mesh(device.type, (world,)) if args.replicate == 1 else init_device_mesh(
+        device.type, (args.replicate, world // args.replicate), mesh_dim_names=("replicate", "shard")))
+    if args.dtype == "bf16":
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    for unit in (*layers, model):
+        fully_shard(unit, mesh=mesh, mp_policy=precision)
+    return model.eval()
+
+
+def all_sum(figures, device):
+    """The sum over all ranks of every figure of a dict."""
+    total = torch.tensor([float(value) for value in figures.values()], dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return dict(zip(figures, total.tolist()))
+
+
+def save(model, tokenizer, folder):
+    """Writes the model inside `model` with all its weights, gathered on rank 0, as a Hugging Face folder that appears
+    whole or not at all."""
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        prefix, inner = next((n, m) for n, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel))
+        weights = {name.removeprefix(prefix + "."): weight for name, weight in weights.items()}
+        partial = Path(f"{folder}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        inner.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    dist.barrier()
+
+
+def write(args, name, row):
+    """Appends a JSON line to a file of the output folder, on rank 0 alone."""
+    if dist.get_rank() == 0:
+        with open(Path(args.output_dir, name), "a") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def finish():
+    """Every rank waits for the others, then all leave the process group."""
+    dist.barrier()
+    dist.destroy_process_group()
+# ---- end of distribution ----
+
+
+def score_pairs(model, pairs, pad_id, device):
+    """-> scores of the chosen and of the rejected answers, both (B,). pairs: (ids of prompt and chosen, of prompt and
+    rejected), each ending in EOS."""
+    sequences = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+    ids = pad(sequences, pad_id).to(device)  # (2B, L)
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)[:, None]
+    attention = (torch.arange(ids.shape[1], device=device) < lengths).long()
+    return model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, 0].float().chunk(2)
+
+
+def reward_loss(chosen_scores, rejected_scores):
+    """Bradley-Terry: -log sigmoid(chosen - rejected), summed over the pairs.
+
+    >>> round(reward_loss(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 0.0])).item(), 4)
+    0.8201
+    """
+    return -F.logsigmoid(chosen_scores - rejected_scores).sum()
+
+
+# Copied from sft.py
+# ---- cosine schedule ----
+def cosine_schedule(update, updates, warmup_ratio):
+    """Linear warm-up, then a cosine down to 0 after the last of `updates`."""
+    warmup = math.ceil(warmup_ratio * updates)
+    if update < warmup:
+        return (update + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (update - warmup) / max(1, updates - warmup)))
+# ---- end of cosine schedule ----
+
+
+@torch.no_grad()
+def held_out_accuracy(model, pairs, args, pad_id, device):
+    """Accuracy (share of pairs whose chosen answer scores higher), loss and mean scores on held-out pairs."""
+    figures = dict.fromkeys(("accuracy", "loss", "chosen", "rejected", "pairs"), 0.0)
+    for i in range(0, len(pairs), args.micro_batch_size):
+        chosen, rejected = score_pairs(model, pairs[i:i + args.micro_batch_size], pad_id, device)
+        figures["accuracy"] += (chosen > rejected).sum().item()
+        figures["loss"] += reward_loss(chosen, rejected).item()
+        figures["chosen"] += chosen.sum().item()
+        figures["rejected"] += rejected.sum().item()
+        figures["pairs"] += len(chosen)
+    figures = all_sum(figures, device)
+    return {f"eval/{name}": figures[name] / figures["pairs"] for name in figures if name != "pairs"}
+
+
+def main(argv=None):
+    args = parse_args(Args, argv=argv)
+    policy = earlier_stage(args, "sft", args.policy)
+    device, rank, world = start(args)
+    tokenizer = load_tokenizer(policy)
+    model = load(AutoModelForSequenceClassification, policy, num_labels=1, dtype=torch.float32)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    train_rows, eval_rows = load_rows(args, 1, ["prompt", "chosen", "rejected"], tokenizer)
+    train, held_out = [], []
+    for rows, pairs in ((train_rows, train), (eval_rows[:args.eval_size], held_out)):
+        for row in rows:
+            both = [sum(encode(tokenizer, row["prompt"], row[name]), [])[:args.max_length] for name in ("chosen", "rejected")]
+            if both[0] != both[1]:  # equal answers, or both cut off inside the prompt
+                pairs.append(both)
+    held_out = held_out[:len(held_out) // world * world][rank::world]
+    per_epoch = len(train) // args.batch_size
+    if not per_epoch or not held_out:
+        sys.exit(f"{STAGE}: {len(train)} pairs to train on and {len(held_out) * world} held out, too few for --batch_size "
+                 f"{args.batch_size} and {world} processes; give more data, or --all_rows true")
+    updates = min(args.epochs * per_epoch, args.updates or math.inf)
+    say(f"{len(train)} pairs that differ within --max_length, of {len(train_rows)}; {updates} updates of {args.batch_size} "
+        f"on {world} process(es), {device.type}")
+
+    model = shard(model, args, device)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    bar = progress(range(updates), rank)
+    for update in bar:
+        began = time.perf_counter()
+        batch = [train[i] for i in batch_indices(update, len(train), args.batch_size, args.seed)[rank::world]]
+        figures = {"loss": 0.0, "accuracy": 0.0}
+        for i in range(0, len(batch), args.micro_batch_size):
+            chosen, rejected = score_pairs(model, batch[i:i + args.micro_batch_size], tokenizer.pad_token_id, device)
+            loss = reward_loss(chosen, rejected) / args.batch_size
+            (loss * world).backward()  # FSDP averages gradients over the ranks; the loss is a sum over them
+            figures["loss"] += loss.item()
+            figures["accuracy"] += (chosen > rejected).sum().item() / args.batch_size
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor()
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * cosine_schedule(update, updates, args.warmup_ratio)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        metrics = {"update": update + 1, "episodes": (update + 1) * args.batch_size, **all_sum(figures, device),
+                   "norm/grad": norm.item(), "lr": optimizer.param_groups[0]["lr"],
+                   "pairs_per_s": args.batch_size / (time.perf_counter() - began)}
+        if update + 1 == updates or args.eval_every and (update + 1) % args.eval_every == 0:
+            metrics |= held_out_accuracy(model, held_out, args, tokenizer.pad_token_id, device)
+            bar.set_postfix({"loss": f"{metrics['loss']:.3f}", "held-out accuracy": f"{metrics['eval/accuracy']:.3f}"})
+        write(args, "metrics.jsonl", metrics)
+
+    save(model, tokenizer, Path(args.output_dir, "final"))
+    with torch.no_grad():
+        scores = torch.stack(score_pairs(model, held_out[:8], tokenizer.pad_token_id, device), 1).tolist()
+    for (chosen, rejected), pair in zip(scores, held_out):
+        texts = tokenizer.batch_decode(pair, skip_special_tokens=True)
+        write(args, "samples.jsonl", {"chosen": texts[0], "rejected": texts[1], "chosen_score": chosen, "rejected_score": rejected})
+    say(f"held-out accuracy {metrics['eval/accuracy']:.3f}; the model is in {args.output_dir}/final, "
+        f"the figures in {args.output_dir}/metrics.jsonl")
+    finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,504 @@
+"""Stage 1 of MA-RLHF, supervised fine-tuning (section 4.1 of the paper): maximise log pi(answer | prompt).
+
+    python sft.py                                                    the embedded toy task, one process
+    torchrun --nproc_per_node=8 sft.py --task pairs --data_path rows.jsonl --model google/gemma-2b --lr 5e-5
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 sft.py --replicate 4 ...
+
+Leaves runs/<task>/sft/: final/ (Hugging Face format), metrics.jsonl, samples.jsonl, args.json.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Optional
+
+import datasets
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, PreTrainedTokenizerFast
+
+# ---- options ----
+STAGE = Path(__file__).stem
+
+
+POSITIVE = ("batch_size micro_batch_size epochs updates eval_size max_length max_prompt_length max_response_length "
+            "replicate ppo_epochs").split()
+SHARES = "warmup_ratio gamma lam top_p".split()
+
+
+def arg(default, text):
+    return field(default=default, metadata={"help": text.replace("%", "%%")})
+
+
+def parse_args(*groups, argv=None):
+    """One namespace with the fields of the dataclasses `groups`; exits with a sentence on an option that is wrong."""
+    class Layout(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    parser = HfArgumentParser(groups, description=__doc__, formatter_class=Layout)
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}; --help lists the options")
+    args = argparse.Namespace(**{name: value for group in parsed for name, value in vars(group).items()})
+    for name, value in vars(args).items():
+        low, high = (1 if name in POSITIVE else 0), (1 if name in SHARES else math.inf)
+        if type(value) in (int, float) and not low <= value <= high:
+            parser.error(f"--{name} is {value}; it must be at least {low} and at most {high}")
+    args.output_dir = args.output_dir or f"runs/{args.task}/{STAGE}"
+    return args
+# ---- end of options ----
+
+
+@dataclass
+class Args:
+    task: Literal["toy", "pairs"] = arg("toy", "toy: the embedded task; pairs: your own rows from --data_path")
+    data_path: Optional[str] = arg(None, "JSONL or Parquet file with columns prompt, chosen (pairs only)")
+    eval_path: Optional[str] = arg(None, "file of held-out rows; 5% of --data_path when not given (pairs only)")
+    all_rows: bool = arg(False, "train on every row, not only on this stage's share (20% SFT, 40% reward, 40% PPO)")
+    model: Optional[str] = arg(None, "folder or hub name of the model to start from; a small new Llama on the toy task")
+    output_dir: Optional[str] = arg(None, "folder for everything this run leaves; runs/<task>/sft when not given")
+    seed: int = arg(0, "seed of the weights made here and of the order of the rows")
+    batch_size: int = arg(32, "sequences per optimizer step, over all processes")
+    micro_batch_size: int = arg(32, "sequences per process and forward pass")
+    lr: float = arg(3e-3, "peak learning rate of AdamW; cosine schedule")
+    warmup_ratio: float = arg(0.1, "share of the updates in which the learning rate rises")
+    weight_decay: float = arg(0.01, "weight decay of AdamW")
+    epochs: int = arg(2, "passes over the rows")
+    updates: Optional[int] = arg(None, "at most this many optimizer steps")
+    max_length: int = arg(1024, "tokens of prompt and answer after which a row is cut off")
+    eval_every: int = arg(50, "updates between evaluations on held-out rows; 0: only at the end")
+    eval_size: int = arg(256, "held-out rows per evaluation")
+    dtype: Literal["fp32", "bf16"] = arg("fp32", "forward and backward precision; weights and reductions stay fp32")
+    replicate: int = arg(1, "HSDP: number of full copies of the weights, e.g. the number of machines")
+
+
+# ---- data ----
+TOY_ASPECTS = "bath bed breakfast food garden music pool room staff view".split()
+TOY_PLACES = "by the sea,in the old town,near the station,on the hill,at the lake,under the pines".split(",")
+TOY_QUALITIES = {1: "great lovely superb clean friendly warm charming perfect".split(),
+                 0: "ordinary simple small modern quiet large".split(),
+                 -1: "awful dirty rude cold broken noisy dull stale".split()}
+TOY_SIGN = {word: sign for sign, words in TOY_QUALITIES.items() for word in words}
+TOY_NOT = ("not", "never")
+TOY_SENTENCES = ("the {a} was {q} .", "we found the {a} {q} and {p} .", "on the first day the {a} was {n} {q} .",
+                 "for the price the {a} felt {q} .", "everyone we met said that the {a} was {q} .",
+                 "to be honest , the {a} is {n} {q} but {p} .", "by the end of our stay the {a} had been {q} .")
+
+
+def toy_gold(prompt, response):
+    """Gold score of the toy task, from -1 to 1: the first eight sentences, each worth an eighth of its sign.
+
+    The sign is that of the sentence's qualities ("not" and "never" turn the word behind them round). Praise counts only
+    for what the prompt asks about, and only the first time: the same aspect with the same words again is worth 0.
+
+    >>> toy_gold("review of the food and the pool at the hotel :", "the food was great . the pool was cold .")
+    0.0
+    >>> toy_gold("review of the food and the pool at the hotel :", "the food was great . the food was great .")
+    0.125
+    """
+    asked, said, total = set(prompt.split()) & set(TOY_ASPECTS), set(), 0
+    sentences = [sentence.split() for sentence in response.split(".") if sentence.strip()]
+    for words in sentences[:8]:
+        sign = sum(TOY_SIGN.get(word, 0) * (-1 if before in TOY_NOT else 1) for before, word in zip([""] + words, words))
+        content = frozenset(word for word in words if word in TOY_SIGN or word in TOY_ASPECTS)
+        if sign > 0 and (content in said or not content & asked):
+            sign = 0
+        said.add(content)
+        total += (sign > 0) - (sign < 0)
+    return total / 8
+
+
+def toy_rows(split, size=None, seed=0):
+    """Rows of the toy task: a prompt and two reviews of 6 to 10 sentences, their gold scores at least 0.25 apart.
+
+    The better one is the chosen one with probability sigmoid(10 * gap), the Bradley-Terry model with noise: what a good
+    reward model finds is 10 times the gold score, up to a constant. Same arguments, same rows.
+    """
+    draw, rows = random.Random(f"{split} {seed}"), []
+
+    def review(asked):
+        mood, focus, text = draw.betavariate(0.7, 0.7), draw.uniform(0.2, 1), []
+        for _ in range(draw.randint(6, 10)):
+            aspect = draw.choice(asked if draw.random() < focus else TOY_ASPECTS)
+            signs = [draw.choices((1, 0, -1), (mood, 0.4, 1 - mood))[0] for _ in range(2)]
+            quality, other = (draw.choice(TOY_QUALITIES[sign]) for sign in signs)
+            text.append(draw.choice(TOY_SENTENCES).format(a=aspect, q=quality, p=other,
+                                                          n=draw.choice(("not", "never", "so", "very", "rather"))))
+        return " ".join(text)
+
+    while len(rows) < (size or {"train": 11_200, "eval": 1_120}[split]):
+        asked = draw.sample(TOY_ASPECTS, draw.choice((2, 3)))
+        prompt = f"review of the {' and the '.join(asked)} at the hotel {draw.choice(TOY_PLACES)} :"
+        pair = [review(asked), review(asked)]
+        gap = toy_gold(prompt, pair[0]) - toy_gold(prompt, pair[1])
+        if abs(gap) < 0.25:
+            continue
+        first_wins = draw.random() < 1 / (1 + math.exp(-10 * gap))
+        chosen, rejected = pair if first_wins else pair[::-1]
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def toy_tokenizer():
+    """Word-level tokenizer of every word that the toy task can produce."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    texts = [*TOY_SENTENCES, *TOY_PLACES, *TOY_ASPECTS, *TOY_SIGN, *TOY_NOT, "so very rather review of at hotel :"]
+    words = sorted({word for text in texts for word in text.split() if "{" not in word})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+                                   unk_token="<unk>")
+
+
+def split_indices(size, shares, part, seed=1234):
+    """Indices of part number `part` when range(size) is shuffled and cut in proportion to `shares`, as the paper's
+    released code does it: its rounding and its seed, so that the stages see the rows they saw there.
+
+    >>> [split_indices(10, (20, 40, 40), part).tolist() for part in range(3)]
+    [[7, 2], [9, 1, 0, 8], [4, 5, 6, 3]]
+    """
+    order, bounds = np.arange(size), [0]
+    np.random.RandomState(seed).shuffle(order)
+    for share in shares:
+        bounds.append(bounds[-1] + int(round(share / sum(shares) * size)))
+    excess = bounds[-1] - size
+    bounds = [0] + [bound - excess for bound in bounds[1:]]
+    return order[bounds[part]:bounds[part + 1]]
+
+
+def read_file(path, columns):
+    """Rows (dicts) of a JSONL or Parquet file that has `columns`; exits with a sentence where that cannot be."""
+    if not path or not os.path.isfile(path):
+        sys.exit(f"{STAGE}: no file at --data_path {path}; give a JSONL or Parquet file with columns {', '.join(columns)}")
+    kind = "parquet" if path.endswith(".parquet") else "json"
+    try:
+        rows = datasets.load_dataset(kind, data_files=path, split="train")
+    except Exception as error:  # datasets wraps whatever its readers raise
+        for number, line in enumerate(open(path, errors="replace") if kind == "json" else ()):
+            try:
+                row = json.loads(line)
+                wrong = [name for name in columns if not isinstance(row.get(name, ""), (str, list))]
+            except (ValueError, AttributeError):
+                row, wrong = None, None
+            if row is None or wrong:
+                sys.exit(f"{STAGE}: row {number} of {path} " + (f"has no text in {wrong[0]}" if wrong else "is no JSON object"))
+        sys.exit(f"{STAGE}: {path} cannot be read as {kind}, or has no rows: {str(error.__cause__ or error).splitlines()[0]}")
+    if missing := [name for name in columns if name not in rows.column_names]:
+        sys.exit(f"{STAGE}: {path} lacks the column {', '.join(missing)}; it has {', '.join(rows.column_names)}")
+    return rows.to_list()
+
+
+def render(row, columns, tokenizer, row_name):
+    """A row with its texts as strings: role/content messages go through the tokenizer's chat template."""
+    texts = {name: row[name] for name in columns}
+    if isinstance(row["prompt"], list):
+        if not tokenizer.chat_template:
+            sys.exit(f"{STAGE}: {row_name} has messages, and the tokenizer has no chat template; give strings instead")
+        try:
+            texts["prompt"] = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+            for name in columns[1:]:
+                answer = [{"role": "assistant", "content": row[name]}] if isinstance(row[name], str) else row[name]
+                whole = tokenizer.apply_chat_template(row["prompt"] + answer, tokenize=False)
+                texts[name] = whole.removeprefix(texts["prompt"]).rstrip().removesuffix(tokenizer.eos_token)
+        except Exception as error:  # a template may raise anything
+            sys.exit(f"{STAGE}: {row_name} does not fit the tokenizer's chat template: {error}")
+    if not all(isinstance(text, str) and text.strip() for text in texts.values()):
+        return None
+    return row | texts
+
+
+def load_rows(args, part, columns, tokenizer):
+    """-> training rows of stage number `part` (0 SFT, 1 reward, 2 PPO) and held-out rows, both lists of dicts with the
+    text fields `columns`. Rows without text are skipped and counted."""
+    shares = (20, 40, 40)
+    if args.task == "toy":
+        train, held_out = toy_rows("train"), toy_rows("eval")
+    else:
+        train = read_file(args.data_path, columns)
+        held_out = read_file(args.eval_path, columns) if args.eval_path else None
+        for rows, path in ((train, args.data_path), (held_out, args.eval_path)):
+            skipped = []
+            for i, row in enumerate(rows or ()):
+                rows[i] = render(row, columns, tokenizer, f"row {i} of {path}")
+                if rows[i] is None:
+                    skipped.append(i)
+            if skipped:
+                say(f"{len(skipped)} of {len(rows)} rows of {path} have no text and are skipped: {skipped[:10]}")
+            if rows:
+                rows[:] = [row for row in rows if row is not None]
+        if not held_out:
+            train, held_out = ([train[i] for i in split_indices(len(train), (95, 5), k)] for k in range(2))
+    mine = (lambda rows: rows) if args.all_rows else (
+        lambda rows: [rows[i] for i in split_indices(len(rows), shares, part)])
+    if not train:
+        sys.exit(f"{STAGE}: no usable row in {args.data_path}")
+    return mine(train), mine(held_out) or held_out or train[:1]
+
+
+def load_tokenizer(name):
+    """The tokenizer of a model; gets a pad token of its own where it has none (padding must never look like EOS)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{STAGE}: no tokenizer at {name}, neither as a folder nor on the hub: {str(error).splitlines()[0]}")
+    if tokenizer.eos_token_id is None:
+        sys.exit(f"{STAGE}: the tokenizer of {name} has no EOS token, so a response could never end; set its eos_token")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    return tokenizer
+
+
+def encode(tokenizer, prompt, answer=None):
+    """-> token ids of the prompt (BOS first, where the tokenizer has one) and of the answer with EOS. They are
+    tokenized apart, as they meet in generation."""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
+        ids = [tokenizer.bos_token_id] + ids
+    if answer is None:
+        return ids, None
+    return ids, tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+
+
+def pad(sequences, value, left=False):
+    """Lists of token ids -> (B, longest) tensor, filled up with `value` on the right or on the left."""
+    width = max(map(len, sequences))
+    return torch.tensor([[value] * (width - len(s)) * left + s + [value] * (width - len(s)) * (not left) for s in sequences])
+
+
+def batch_indices(update, size, batch_size, seed):
+    """Indices of the rows of an update: shuffled anew in every epoch, an incomplete last batch left out. A function of
+    its arguments alone, so that a run can go on from any update."""
+    epoch, step = divmod(update, size // batch_size)
+    return np.random.RandomState((seed + epoch) % 2**32).permutation(size)[step * batch_size:(step + 1) * batch_size]
+# ---- end of data ----
+
+
+# ---- distribution ----
+def say(text):
+    """Prints on rank 0 alone, without breaking a progress bar."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(f"{STAGE}: {text}", file=sys.stderr)
+
+
+def start(args):
+    """Joins the process group (nccl on GPUs, gloo on CPUs; alone without a launcher) -> device, rank, world size."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world or world % args.replicate:
+        sys.exit(f"{STAGE}: --batch_size {args.batch_size} must be divisible by the {world} processes, and these by "
+                 f"--replicate {args.replicate}")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    torch.manual_seed(args.seed)  # the same on every rank: new heads must start equal
+    if rank == 0:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        Path(args.output_dir, "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            Path(args.output_dir, name).write_text("")
+    return device, rank, world
+
+
+def load(auto_class, name, **options):
+    """A model from a folder or the hub, from safetensors alone: other formats can run code when they are opened."""
+    try:
+        return auto_class.from_pretrained(name, use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{STAGE}: cannot load {name}, neither as a folder nor from the hub: {str(error).splitlines()[0]}")
+
+
+def progress(items, rank):
+    """A bar on rank 0; one line a minute where nobody watches."""
+    return tqdm(items, desc=STAGE, unit="update", disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
+
+
+def shard(model, args, device):
+    """FSDP2: every decoder layer is a unit, the root (with embeddings and head, tied or not) the last one. Dropout is
+    off, in training too: PPO compares probabilities of the same model at two times."""
+    world, precision = dist.get_world_size(), MixedPrecisionPolicy()
+    mesh = (init_device_mesh(device.type, (world,)) if args.replicate == 1 else init_device_mesh(
+        device.type, (args.replicate, world // args.replicate), mesh_dim_names=("replicate", "shard")))
+    if args.dtype == "bf16":
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    for unit in (*layers, model):
+        fully_shard(unit, mesh=mesh, mp_policy=precision)
+    return model.eval()
+
+
+def all_sum(figures, device):
+    """The sum over all ranks of every figure of a dict."""
+    total = torch.tensor([float(value) for value in figures.values()], dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return dict(zip(figures, total.tolist()))
+
+
+def save(model, tokenizer, folder):
+    """Writes the model inside `model` with all its weights, gathered on rank 0, as a Hugging Face folder that appears
+    whole or not at all."""
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        prefix, inner = next((n, m) for n, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel))
+        weights = {name.removeprefix(prefix + "."): weight for name, weight in weights.items()}
+        partial = Path(f"{folder}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        inner.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    dist.barrier()
+
+
+def write(args, name, row):
+    """Appends a JSON line to a file of the output folder, on rank 0 alone."""
+    if dist.get_rank() == 0:
+        with open(Path(args.output_dir, name), "a") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def finish():
+    """Every rank waits for the others, then all leave the process group."""
+    dist.barrier()
+    dist.destroy_process_group()
+# ---- end of distribution ----
+
+
+def sft_loss(model, sequences, starts, pad_id, device):
+    """-> sum over the answers' tokens of -log pi(token | everything before it).
+
+    sequences: lists of token ids, prompt and answer; starts: the position at which each answer begins. Only the rows of
+    the logits that predict an answer's token are taken to fp32.
+    """
+    ids = pad(sequences, pad_id).to(device)  # (B, L)
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)[:, None]
+    columns = torch.arange(ids.shape[1], device=device)
+    answer = (columns >= torch.tensor(starts, device=device)[:, None]) & (columns < lengths)  # (B, L)
+    logits = model(input_ids=ids, attention_mask=(columns < lengths).long(), use_cache=False).logits  # (B, L, V)
+    return F.cross_entropy(logits[:, :-1][answer[:, 1:]].float(), ids[:, 1:][answer[:, 1:]], reduction="sum")
+
+
+# ---- cosine schedule ----
+def cosine_schedule(update, updates, warmup_ratio):
+    """Linear warm-up, then a cosine down to 0 after the last of `updates`."""
+    warmup = math.ceil(warmup_ratio * updates)
+    if update < warmup:
+        return (update + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (update - warmup) / max(1, updates - warmup)))
+# ---- end of cosine schedule ----
+
+
+@torch.no_grad()
+def held_out_loss(model, examples, args, pad_id, device):
+    """Mean loss per answer token on held-out rows, over all ranks."""
+    figures = {"loss": 0.0, "tokens": 0}
+    for i in range(0, len(examples), args.micro_batch_size):
+        sequences, starts = zip(*examples[i:i + args.micro_batch_size])
+        figures["loss"] += sft_loss(model, sequences, starts, pad_id, device).item()
+        figures["tokens"] += sum(map(len, sequences)) - sum(starts)
+    figures = all_sum(figures, device)
+    loss = figures["loss"] / figures["tokens"]
+    return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700))}
+
+
+def show_samples(model, tokenizer, rows, args, device):
+    """One sampled answer for each row, written to samples.jsonl beside the data's own; every rank must call this."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.unshard()
+    for row in rows:
+        ids = torch.tensor([encode(tokenizer, row["prompt"])[0]], device=device)
+        longest = len(encode(tokenizer, row["prompt"], row["chosen"])[1]) * 2
+        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=True,
+                                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, synced_gpus=False)
+        answer = tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
+        write(args, "samples.jsonl", {"prompt": row["prompt"], "response": answer, "chosen": row["chosen"]})
+        say(f"\n  prompt  {row['prompt']}\n  data    {row['chosen']}\n  model   {answer}")
+
+
+def main(argv=None):
+    args = parse_args(Args, argv=argv)
+    if args.task != "toy" and not args.model:
+        sys.exit(f"{STAGE}: --task {args.task} needs --model, the folder or hub name of the model to start from")
+    device, rank, world = start(args)
+    if args.model:
+        tokenizer = load_tokenizer(args.model)
+        model = load(AutoModelForCausalLM, args.model, dtype=torch.float32)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+    else:
+        tokenizer = toy_tokenizer()
+        model = AutoModelForCausalLM.from_config(LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    train_rows, eval_rows = load_rows(args, 0, ["prompt", "chosen"], tokenizer)
+    train, held_out = [], []
+    for rows, examples in ((train_rows, train), (eval_rows[:args.eval_size], held_out)):
+        for row in rows:
+            prompt, answer = encode(tokenizer, row["prompt"], row["chosen"])
+            if len(prompt) < args.max_length:  # else nothing of the answer would be left
+                examples.append(((prompt + answer)[:args.max_length], len(prompt)))
+    held_out = held_out[:len(held_out) // world * world][rank::world]
+    per_epoch = len(train) // args.batch_size
+    if not per_epoch or not held_out:
+        sys.exit(f"{STAGE}: {len(train)} rows to train on and {len(held_out) * world} held out, too few for --batch_size "
+                 f"{args.batch_size} and {world} processes; give more data, or --all_rows true")
+    updates = min(args.epochs * per_epoch, args.updates or math.inf)
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} rows of {len(train_rows)} within "
+        f"--max_length, {updates} updates of {args.batch_size} on {world} process(es), {device.type}")
+
+    model = shard(model, args, device)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    bar = progress(range(updates), rank)
+    for update in bar:
+        began = time.perf_counter()
+        batch = [train[i] for i in batch_indices(update, len(train), args.batch_size, args.seed)[rank::world]]
+        tokens = sum(len(sequence) - start for sequence, start in batch)
+        tokens = all_sum({"tokens": tokens}, device)["tokens"]
+        loss = torch.zeros((), device=device)
+        for i in range(0, len(batch), args.micro_batch_size):
+            sequences, starts = zip(*batch[i:i + args.micro_batch_size])
+            part = sft_loss(model, sequences, starts, tokenizer.pad_token_id, device) / tokens
+            (part * world).backward()  # FSDP averages gradients over the ranks; the loss is a sum over them
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor()
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * cosine_schedule(update, updates, args.warmup_ratio)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        metrics = {"update": update + 1, "episodes": (update + 1) * args.batch_size, **all_sum({"loss": loss}, device),
+                   "norm/grad": norm.item(), "lr": optimizer.param_groups[0]["lr"],
+                   "tokens_per_s": tokens / (time.perf_counter() - began)}
+        if update + 1 == updates or args.eval_every and (update + 1) % args.eval_every == 0:
+            metrics |= held_out_loss(model, held_out, args, tokenizer.pad_token_id, device)
+            bar.set_postfix({"loss": f"{metrics['loss']:.3f}", "held out": f"{metrics['eval/loss']:.3f}"})
+        write(args, "metrics.jsonl", metrics)
+
+    save(model, tokenizer, Path(args.output_dir, "final"))
+    show_samples(model, tokenizer, eval_rows[:3], args, device)
+    say(f"held-out perplexity {metrics['eval/perplexity']:.2f}; the model is in {args.output_dir}/final, "
+        f"the figures in {args.output_dir}/metrics.jsonl")
+    finish()
+
+
+if __name__ == "__main__":
+    main()
