@@ -43,7 +43,7 @@ STAGE = Path(__file__).stem
 
 
 POSITIVE = ("batch_size micro_batch_size epochs updates eval_size max_length max_prompt_length max_response_length "
-            "replicate ppo_epochs").split()
+            "replicate ppo_epochs ngram").split()
 SHARES = "warmup_ratio gamma lam top_p".split()
 
 
@@ -65,6 +65,8 @@ def parse_args(*groups, argv=None):
         low, high = (1 if name in POSITIVE else 0), (1 if name in SHARES else math.inf)
         if type(value) in (int, float) and not low <= value <= high:
             parser.error(f"--{name} is {value}; it must be at least {low} and at most {high}")
+        if name in POSITIVE and value is not None and value < math.inf and value % 1:
+            parser.error(f"--{name} is {value}; it must be a whole number")
     args.output_dir = args.output_dir or f"runs/{args.task}/{STAGE}"
     return args
 # ---- end of options ----
@@ -76,7 +78,7 @@ class Args:
     data_path: Optional[str] = arg(None, "JSONL or Parquet file with a column prompt (pairs only)")
     eval_path: Optional[str] = arg(None, "file of held-out rows; 5% of --data_path when not given (pairs only)")
     all_rows: bool = arg(False, "train on every row, not only on this stage's share (20% SFT, 40% reward, 40% PPO)")
-    policy: Optional[str] = arg(None, "SFT model, start and reference of the policy; runs/<task>/sft/final when not given")
+    policy: Optional[str] = arg(None, "SFT model, start and reference; runs/<task>/sft/final when not given")
     reward: Optional[str] = arg(None, "reward model (folder or hub name), or FILE.py:FUNCTION, f(prompts, responses, rows) "
                                       "-> list of floats; runs/<task>/reward/final when not given")
     critic: Optional[str] = arg(None, "model the critic starts from; the reward model when not given, or the policy with a "
@@ -93,7 +95,7 @@ class Args:
     updates: Optional[int] = arg(None, "at most this many updates")
     ppo_epochs: int = arg(1, "optimizer steps on the responses of one update")
     max_prompt_length: int = arg(512, "tokens; longer prompts are left out and counted")
-    max_response_length: int = arg(128, "tokens after which a response is cut off, without EOS")
+    max_response_length: int = arg(112, "tokens after which a response is cut off, without EOS")
     temperature: float = arg(0.8, "of sampling, and of the log-probabilities of policy and reference")
     top_k: int = arg(50, "sample from the k most probable tokens; 0: from all")
     top_p: float = arg(1.0, "sample from the fewest most probable tokens with this much probability")
@@ -123,7 +125,7 @@ TOY_SENTENCES = ("the {a} was {q} .", "we found the {a} {q} and {p} .", "on the 
 
 
 def toy_gold(prompt, response):
-    """Gold score of the toy task, from -1 to 1: the first eight sentences, each worth an eighth of its sign.
+    """Gold score of the toy task, from -1 to 1: the first six sentences, each worth a sixth of its sign.
 
     The sign is that of the sentence's qualities ("not" and "never" turn the word behind them round). Praise counts only
     for what the prompt asks about, and only the first time: the same aspect with the same words again is worth 0.
@@ -131,33 +133,33 @@ def toy_gold(prompt, response):
     >>> toy_gold("review of the food and the pool at the hotel :", "the food was great . the pool was cold .")
     0.0
     >>> toy_gold("review of the food and the pool at the hotel :", "the food was great . the food was great .")
-    0.125
+    0.16666666666666666
     """
     asked, said, total = set(prompt.split()) & set(TOY_ASPECTS), set(), 0
     sentences = [sentence.split() for sentence in response.split(".") if sentence.strip()]
-    for words in sentences[:8]:
+    for words in sentences[:6]:
         sign = sum(TOY_SIGN.get(word, 0) * (-1 if before in TOY_NOT else 1) for before, word in zip([""] + words, words))
         content = frozenset(word for word in words if word in TOY_SIGN or word in TOY_ASPECTS)
         if sign > 0 and (content in said or not content & asked):
             sign = 0
         said.add(content)
         total += (sign > 0) - (sign < 0)
-    return total / 8
+    return total / 6
 
 
 def toy_rows(split, size=None, seed=0):
-    """Rows of the toy task: a prompt and two reviews of 6 to 10 sentences, their gold scores at least 0.25 apart.
+    """Rows of the toy task: a prompt and two reviews of 5 to 8 sentences, their gold scores at least 0.4 apart.
 
-    The better one is the chosen one with probability sigmoid(10 * gap), the Bradley-Terry model with noise: what a good
-    reward model finds is 10 times the gold score, up to a constant. Same arguments, same rows.
+    The better one is the chosen one with probability sigmoid(6 * gap), the Bradley-Terry model with noise: what a good
+    reward model finds is 6 times the gold score, up to a constant. Same arguments, same rows.
     """
     draw, rows = random.Random(f"{split} {seed}"), []
 
     def review(asked):
         mood, focus, text = draw.betavariate(0.7, 0.7), draw.uniform(0.2, 1), []
-        for _ in range(draw.randint(6, 10)):
+        for _ in range(draw.randint(5, 8)):
             aspect = draw.choice(asked if draw.random() < focus else TOY_ASPECTS)
-            signs = [draw.choices((1, 0, -1), (mood, 0.4, 1 - mood))[0] for _ in range(2)]
+            signs = draw.choices((1, 0, -1), (mood, 0.4, 1 - mood), k=2)
             quality, other = (draw.choice(TOY_QUALITIES[sign]) for sign in signs)
             text.append(draw.choice(TOY_SENTENCES).format(a=aspect, q=quality, p=other,
                                                           n=draw.choice(("not", "never", "so", "very", "rather"))))
@@ -168,9 +170,9 @@ def toy_rows(split, size=None, seed=0):
         prompt = f"review of the {' and the '.join(asked)} at the hotel {draw.choice(TOY_PLACES)} :"
         pair = [review(asked), review(asked)]
         gap = toy_gold(prompt, pair[0]) - toy_gold(prompt, pair[1])
-        if abs(gap) < 0.25:
+        if abs(gap) < 0.4:
             continue
-        first_wins = draw.random() < 1 / (1 + math.exp(-10 * gap))
+        first_wins = draw.random() < 1 / (1 + math.exp(-6 * gap))
         chosen, rejected = pair if first_wins else pair[::-1]
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows
@@ -214,13 +216,11 @@ def read_file(path, columns):
     except Exception as error:  # datasets wraps whatever its readers raise
         for number, line in enumerate(open(path, errors="replace") if kind == "json" else ()):
             try:
-                row = json.loads(line)
-                wrong = [name for name in columns if not isinstance(row.get(name, ""), (str, list))]
-            except (ValueError, AttributeError):
-                row, wrong = None, None
-            if row is None or wrong:
-                sys.exit(f"{STAGE}: row {number} of {path} " + (f"has no text in {wrong[0]}" if wrong else "is no JSON object"))
-        sys.exit(f"{STAGE}: {path} cannot be read as {kind}, or has no rows: {str(error.__cause__ or error).splitlines()[0]}")
+                json.loads(line)
+            except ValueError:
+                sys.exit(f"{STAGE}: row {number} of {path} is no JSON object: {line.strip()[:60]}")
+        reason = (str(error.__cause__ or error).splitlines() or ["it has no rows"])[0]
+        sys.exit(f"{STAGE}: {path} cannot be read as {kind}: {reason}")
     if missing := [name for name in columns if name not in rows.column_names]:
         sys.exit(f"{STAGE}: {path} lacks the column {', '.join(missing)}; it has {', '.join(rows.column_names)}")
     return rows.to_list()
@@ -934,7 +934,7 @@ def main(argv=None):
         metrics |= {"lr": optimizers[0].param_groups[0]["lr"], "update": update + 1, "episodes": (update + 1) * args.batch_size}
         write(args, "metrics.jsonl", metrics)
         bar.set_postfix({name.split("/")[1]: f"{metrics[name]:.2f}" for name in
-                         ("objective/scores", "objective/gold", "objective/kl", "response/length") if name in metrics})
+                         ("objective/scores", "objective/gold", "objective/kl", "response/length") if name in metrics}, refresh=False)
         if update + 1 == updates or args.eval_every and (update + 1) % args.eval_every == 0:
             last = held_out_samples(update + 1, roll, held_out, args, tokenizer, device)
 
