@@ -105,7 +105,7 @@ TOY_SENTENCES = ("the {a} was {q} .", "we found the {a} {q} and {p} .", "on the 
 
 
 def toy_gold(prompt, response):
-    """Gold score of the toy task, from -1 to 1: the first six sentences, each worth a sixth of its sign.
+    """Gold score of the toy task, from -1 to 1: the first eight sentences, each worth an eighth of its sign.
 
     The sign is that of the sentence's qualities ("not" and "never" turn the word behind them round). Praise counts only
     for what the prompt asks about, and only the first time: the same aspect with the same words again is worth 0.
@@ -113,18 +113,18 @@ def toy_gold(prompt, response):
     >>> toy_gold("review of the food and the pool at the hotel :", "the food was great . the pool was cold .")
     0.0
     >>> toy_gold("review of the food and the pool at the hotel :", "the food was great . the food was great .")
-    0.16666666666666666
+    0.125
     """
     asked, said, total = set(prompt.split()) & set(TOY_ASPECTS), set(), 0
     sentences = [sentence.split() for sentence in response.split(".") if sentence.strip()]
-    for words in sentences[:6]:
+    for words in sentences[:8]:
         sign = sum(TOY_SIGN.get(word, 0) * (-1 if before in TOY_NOT else 1) for before, word in zip([""] + words, words))
         content = frozenset(word for word in words if word in TOY_SIGN or word in TOY_ASPECTS)
         if sign > 0 and (content in said or not content & asked):
             sign = 0
         said.add(content)
         total += (sign > 0) - (sign < 0)
-    return total / 6
+    return total / 8
 
 
 def toy_rows(split, size=None, seed=0):

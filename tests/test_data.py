@@ -23,7 +23,7 @@ def test_toy_rows():
 
 def test_toy_gold():
     prompt = "review of the food and the pool at the hotel by the sea :"
-    gold = lambda text: round(sft.toy_gold(prompt, text) * 6)
+    gold = lambda text: round(sft.toy_gold(prompt, text) * 8)
     assert gold("the food was great .") == 1
     assert gold("the food was not great .") == -1 and gold("the food was never awful .") == 1
     assert gold("the food was simple .") == 0
@@ -31,7 +31,7 @@ def test_toy_gold():
     assert gold("the food was great . the food was great . the food was lovely .") == 2  # no praise twice
     assert gold("we found the food great and awful .") == 0
     assert gold("the food was great . " * 3 + "the pool was cold .") == 0
-    assert gold("the pool was cold . " * 9) == -6  # no more than six sentences count
+    assert gold("the pool was cold . " * 9) == -8  # no more than eight sentences count
     assert gold("") == 0 and gold("great great") == 0
 
 
