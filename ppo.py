@@ -9,6 +9,7 @@
 Leaves runs/<task>/<stage>/: final/ and final/critic/ (Hugging Face format), metrics.jsonl, samples.jsonl, args.json.
 """
 import argparse
+import copy
 import functools
 import importlib.util
 import json
@@ -62,7 +63,8 @@ def parse_args(*groups, argv=None):
         parser.error(f"unknown option {unknown[0]}; --help lists the options")
     args = argparse.Namespace(**{name: value for group in parsed for name, value in vars(group).items()})
     for name, value in vars(args).items():
-        low, high = (1 if name in POSITIVE else 0), (1 if name in SHARES else math.inf)
+        low = 1 if name in POSITIVE else 0.001 if name in ("temperature", "top_p") else 0
+        high = 1 if name in SHARES else math.inf
         if type(value) in (int, float) and not low <= value <= high:
             parser.error(f"--{name} is {value}; it must be at least {low} and at most {high}")
         if name in POSITIVE and value is not None and value < math.inf and value % 1:
@@ -320,7 +322,7 @@ class Critic(torch.nn.Module):
 
     def forward(self, **inputs):
         hidden = self.model.base_model(use_cache=False, **inputs).last_hidden_state  # (B, L, H)
-        return self.model.score(hidden).squeeze(-1).float()  # (B, L)
+        return self.model.score(hidden).float().sum(-1)  # (B, L, 1) -> (B, L), and no view: FSDP2 wants none
 
 
 # Copied from reward.py
@@ -384,12 +386,17 @@ def start(args):
     return device, rank, world
 
 
-def load(auto_class, name, **options):
-    """A model from a folder or the hub, from safetensors alone: other formats can run code when they are opened."""
+def load(auto_class, name, tokenizer, **options):
+    """A model from a folder or the hub that fits the tokenizer, and the names of the weights that were not found there.
+    From safetensors alone: other formats can run code when they are opened."""
     try:
-        return auto_class.from_pretrained(name, use_safetensors=True, **options)
+        model, report = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         sys.exit(f"{STAGE}: cannot load {name}, neither as a folder nor from the hub: {str(error).splitlines()[0]}")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, report["missing_keys"]
 
 
 def progress(items, rank):
@@ -580,14 +587,15 @@ def rule_reward(spec, tokenizer, device):
 def model_reward(name, tokenizer, args, device):
     """A reward model as a function of rows and responses (lists of token ids) -> scores (B,). Where its tokenizer is not
     the policy's, it reads the same text in its own tokens."""
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    model, report = load(AutoModelForSequenceClassification, name, dtype=dtype, output_loading_info=True)
-    if model.config.num_labels != 1 or report["missing_keys"]:
-        sys.exit(f"{STAGE}: {name} is no reward model: it needs a trained head with one label, and has {model.config.num_labels} "
-                 f"label(s) and no weights for {sorted(report['missing_keys']) or 'nothing'}")
     own = AutoTokenizer.from_pretrained(name)
-    pad_id = own.pad_token_id if own.pad_token_id is not None else own.eos_token_id
-    model.config.pad_token_id, same = pad_id, own.get_vocab() == tokenizer.get_vocab()
+    if own.pad_token_id is None:
+        own.pad_token = own.eos_token
+    same = own.get_vocab() == tokenizer.get_vocab()
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    model, missing = load(AutoModelForSequenceClassification, name, own, dtype=dtype)
+    if model.config.num_labels != 1 or missing:
+        sys.exit(f"{STAGE}: {name} is no reward model: it has {model.config.num_labels} label(s) instead of one, or no trained "
+                 f"head (weights not found: {', '.join(sorted(missing)) or 'none'})")
     shard(model, args, device)
 
     @torch.no_grad()
@@ -602,7 +610,7 @@ def model_reward(name, tokenizer, args, device):
                     ended, text = response[-1] == tokenizer.eos_token_id, tokenizer.decode(response, skip_special_tokens=True)
                     prompt, answer = encode(own, row["prompt"], text)
                     sequences.append(prompt + (answer if ended else answer[:-1]))
-            ids = pad(sequences, pad_id).to(device)
+            ids = pad(sequences, own.pad_token_id).to(device)
             lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)[:, None]
             attention = (torch.arange(ids.shape[1], device=device) < lengths).long()
             scores.append(model(input_ids=ids, attention_mask=attention).logits[:, 0].float())
@@ -716,7 +724,7 @@ def update_models(policy, critic, optimizers, rollout, args, device):
     The loss is the sum over the update's tokens / their number, over every micro-batch and rank -> metrics.
     """
     world, mask = dist.get_world_size(), rollout["mask"]
-    tokens = all_sum({"tokens": mask.sum()}, device)["tokens"] * args.ppo_epochs
+    tokens = all_sum({"tokens": mask.sum()}, device)["tokens"]
     sums = dict.fromkeys(("policy/loss", "policy/approxkl", "policy/clipfrac", "value/loss", "value/clipfrac"), 0.0)
     metrics, deviation = {}, torch.zeros((), device=device)
     for epoch in range(args.ppo_epochs):
@@ -725,10 +733,10 @@ def update_models(policy, critic, optimizers, rollout, args, device):
             batch = [part[name] for name in ("queries", "query_mask", "responses", "mask")]
             new_logprobs, _ = response_logprobs(policy, *batch, args.temperature)
             loss, figures = policy_loss(new_logprobs, part["logprobs"], part["advantages"], part["mask"], args.clip_ratio)
-            (loss * world * args.ppo_epochs / tokens).backward()  # FSDP averages over the ranks; the loss is a sum
+            (loss * world / tokens).backward()  # FSDP averages over the ranks; the loss is a sum
             new_values = response_values(critic, *batch)
             critic_loss, more = value_loss(new_values, part["values"], part["returns"], part["mask"], args.clip_value)
-            (critic_loss * world * args.ppo_epochs / tokens).backward()
+            (critic_loss * world / tokens).backward()
             for name, value in {"policy/loss": loss.item(), "value/loss": critic_loss.item(), **figures, **more}.items():
                 sums[name] += value
             if epoch == 0:  # the weights are still those of the rollout, so the ratio should be 1
@@ -739,7 +747,7 @@ def update_models(policy, critic, optimizers, rollout, args, device):
             optimizer.step()
             optimizer.zero_grad()
     dist.all_reduce(deviation, dist.ReduceOp.MAX)
-    means = {name: value / tokens for name, value in all_sum(sums, device).items()}
+    means = {name: value / tokens / args.ppo_epochs for name, value in all_sum(sums, device).items()}
     return means | metrics | {"val/ratio_dev": deviation.item()}
 
 
@@ -836,7 +844,7 @@ def main(argv=None):
     device, rank, world = start(args)
     tokenizer = load_tokenizer(policy_name)
     train, held_out = load_prompts(args, tokenizer)
-    held_out = held_out[:args.eval_size // world * world or world]
+    held_out = held_out[:args.eval_size]
     held_out = held_out[:len(held_out) // world * world][rank::world]
     per_epoch = len(train) // args.batch_size
     if not per_epoch or not held_out:
@@ -844,17 +852,12 @@ def main(argv=None):
                  f"{args.batch_size} and {world} processes; give more data, or --all_rows true")
     updates = min(args.epochs * per_epoch, args.updates or math.inf)
 
-    frozen = {"dtype": torch.bfloat16 if args.dtype == "bf16" else torch.float32}
-    models = [load(AutoModelForCausalLM, policy_name, **dtype) for dtype in ({"dtype": torch.float32}, frozen)]
-    critic_name = args.critic or (policy_name if by_rule else reward_name)
-    models.append(load(AutoModelForSequenceClassification, critic_name, num_labels=1, dtype=torch.float32))
-    for model in models:
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
-        model.config.pad_token_id = tokenizer.pad_token_id
-    policy, ref, critic = (shard(model, args, device) for model in (*models[:2], Critic(models[2])))
-    score = (rule_reward(reward_name, tokenizer, device) if by_rule else
-             model_reward(reward_name, tokenizer, args, device))
+    policy, _ = load(AutoModelForCausalLM, policy_name, tokenizer, dtype=torch.float32)
+    ref = copy.deepcopy(policy).to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    critic, _ = load(AutoModelForSequenceClassification, args.critic or (policy_name if by_rule else reward_name), tokenizer,
+                     num_labels=1, dtype=torch.float32)
+    policy, ref, critic = (shard(model, args, device) for model in (policy, ref, Critic(critic)))
+    score = rule_reward(reward_name, tokenizer, device) if by_rule else model_reward(reward_name, tokenizer, args, device)
     optimizers = [torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
                   for model, lr in ((policy, args.policy_lr), (critic, args.critic_lr))]
     say(f"{len(train)} prompts, {updates} updates of {args.batch_size} responses on {world} process(es), {device.type}")

@@ -54,7 +54,8 @@ def parse_args(*groups, argv=None):
         parser.error(f"unknown option {unknown[0]}; --help lists the options")
     args = argparse.Namespace(**{name: value for group in parsed for name, value in vars(group).items()})
     for name, value in vars(args).items():
-        low, high = (1 if name in POSITIVE else 0), (1 if name in SHARES else math.inf)
+        low = 1 if name in POSITIVE else 0.001 if name in ("temperature", "top_p") else 0
+        high = 1 if name in SHARES else math.inf
         if type(value) in (int, float) and not low <= value <= high:
             parser.error(f"--{name} is {value}; it must be at least {low} and at most {high}")
         if name in POSITIVE and value is not None and value < math.inf and value % 1:
@@ -317,12 +318,17 @@ def start(args):
     return device, rank, world
 
 
-def load(auto_class, name, **options):
-    """A model from a folder or the hub, from safetensors alone: other formats can run code when they are opened."""
+def load(auto_class, name, tokenizer, **options):
+    """A model from a folder or the hub that fits the tokenizer, and the names of the weights that were not found there.
+    From safetensors alone: other formats can run code when they are opened."""
     try:
-        return auto_class.from_pretrained(name, use_safetensors=True, **options)
+        model, report = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         sys.exit(f"{STAGE}: cannot load {name}, neither as a folder nor from the hub: {str(error).splitlines()[0]}")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, report["missing_keys"]
 
 
 def progress(items, rank):
@@ -440,15 +446,12 @@ def main(argv=None):
     device, rank, world = start(args)
     if args.model:
         tokenizer = load_tokenizer(args.model)
-        model = load(AutoModelForCausalLM, args.model, dtype=torch.float32)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
+        model, _ = load(AutoModelForCausalLM, args.model, tokenizer, dtype=torch.float32)
     else:
         tokenizer = toy_tokenizer()
         model = AutoModelForCausalLM.from_config(LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
-    model.config.pad_token_id = tokenizer.pad_token_id
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     train_rows, eval_rows = load_rows(args, 0, ["prompt", "chosen"], tokenizer)
     train, held_out = [], []
     for rows, examples in ((train_rows, train), (eval_rows[:args.eval_size], held_out)):

@@ -60,9 +60,9 @@ def tiny_models(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory):
-    """60 rows of the toy task as the user's own JSONL file."""
+    """400 rows of the toy task as the user's own JSONL file."""
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in sft.toy_rows("train", 60)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in sft.toy_rows("train", 400)))
     return str(path)
 
 

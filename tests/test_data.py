@@ -161,6 +161,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(tmp_path, tokenizer,
     (["--lr", "-1"], "--lr is -1.0; it must be at least 0"),
     (["--warmup_ratio", "2"], "must be at least 0 and at most 1"),
     (["--lrr", "1"], "unknown option --lrr"),
+    (["--updates", "0"], "--updates is 0; it must be at least 1"),
     (["--task", "nonsense"], "invalid choice: 'nonsense'"),
     (["--lr", "nan"], "--lr is nan"),
 ])
