@@ -13,3 +13,10 @@ def test_the_advantages_are_the_only_difference():
     assert ppo == ma_ppo
     assert texts[0] != texts[1]
     assert "termination" not in ppo, "what macro actions need stands in the section"
+
+
+def test_the_readme_shows_the_difference():
+    import subprocess
+    diff = subprocess.run(["diff", "ppo.py", "ma_ppo.py"], cwd=ROOT, capture_output=True, text=True).stdout
+    shown = (ROOT / "README.md").read_text().split("```diff\n")[1].split("```")[0]
+    assert shown == diff
