@@ -2,9 +2,9 @@
 (section 3, algorithm 1). The two files differ in the section "advantages" alone: diff ppo.py ma_ppo.py.
 
     torchrun ma_ppo.py                                               the embedded toy task, earlier stages included
-    torchrun --nproc_per_node=8 ma_ppo.py --task pairs --data_path rows.jsonl --policy_lr 1e-6 --critic_lr 1e-6
+    torchrun --nproc_per_node=8 ma_ppo.py --task pairs --data_path rows.jsonl --batch_size 256
     torchrun ppo.py --policy NAME --reward rules.py:score            a Python function as the reward
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 ma_ppo.py --replicate 4 ...
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 ma_ppo.py --replicate 4 --batch_size 256 ...
 
 Leaves runs/<task>/<stage>/: final/ and final/critic/ (Hugging Face format), metrics.jsonl, samples.jsonl, args.json.
 """
@@ -43,7 +43,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 STAGE = Path(__file__).stem
 
 
-POSITIVE = ("batch_size micro_batch_size epochs updates eval_size max_length max_prompt_length max_response_length "
+POSITIVE = ("cutoff batch_size micro_batch_size epochs updates eval_size max_length max_prompt_length max_response_length "
             "replicate ppo_epochs ngram").split()
 SHARES = "warmup_ratio gamma lam top_p".split()
 
@@ -69,6 +69,10 @@ def parse_args(*groups, argv=None):
             parser.error(f"--{name} is {value}; it must be at least {low} and at most {high}")
         if name in POSITIVE and value is not None and value < math.inf and value % 1:
             parser.error(f"--{name} is {value}; it must be a whole number")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world or world % args.replicate:
+        parser.error(f"--batch_size {args.batch_size} must be divisible by the {world} processes, and these by --replicate "
+                     f"{args.replicate}")
     args.output_dir = args.output_dir or f"runs/{args.task}/{STAGE}"
     return args
 # ---- end of options ----
@@ -211,7 +215,8 @@ def split_indices(size, shares, part, seed=1234):
 def read_file(path, columns):
     """Rows (dicts) of a JSONL or Parquet file that has `columns`; exits with a sentence where that cannot be."""
     if not path or not os.path.isfile(path):
-        sys.exit(f"{STAGE}: no file at --data_path {path}; give a JSONL or Parquet file with columns {', '.join(columns)}")
+        sys.exit(f"{STAGE}: there is no file {path}; --data_path (and --eval_path) take a JSONL or Parquet file with columns "
+                 f"{', '.join(columns)}")
     kind = "parquet" if path.endswith(".parquet") else "json"
     try:
         rows = datasets.load_dataset(kind, data_files=path, split="train")
@@ -228,51 +233,48 @@ def read_file(path, columns):
     return rows.to_list()
 
 
-def render(row, columns, tokenizer, row_name):
-    """A row with its texts as strings: role/content messages go through the tokenizer's chat template."""
-    texts = {name: row[name] for name in columns}
-    if isinstance(row["prompt"], list):
+def render(row, columns, tokenizer, name):
+    """A row with its texts as strings, role/content messages put through the tokenizer's chat template; None where a text
+    is missing. `name` says in an error which row it is."""
+    texts = {column: row[column] for column in columns}
+    if isinstance(row["prompt"], list) and all(texts.values()):
         if not tokenizer.chat_template:
-            sys.exit(f"{STAGE}: {row_name} has messages, and the tokenizer has no chat template; give strings instead")
+            sys.exit(f"{STAGE}: {name} has messages, and the tokenizer has no chat template; give strings instead")
         try:
             texts["prompt"] = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
-            for name in columns[1:]:
-                answer = [{"role": "assistant", "content": row[name]}] if isinstance(row[name], str) else row[name]
+            for column in columns[1:]:
+                answer = [{"role": "assistant", "content": row[column]}] if isinstance(row[column], str) else row[column]
                 whole = tokenizer.apply_chat_template(row["prompt"] + answer, tokenize=False)
-                texts[name] = whole.removeprefix(texts["prompt"]).rstrip().removesuffix(tokenizer.eos_token)
+                if not whole.startswith(texts["prompt"]):
+                    raise ValueError("with the answer, it does not begin as the prompt alone does")
+                texts[column] = whole.removeprefix(texts["prompt"]).rstrip().removesuffix(tokenizer.eos_token)
         except Exception as error:  # a template may raise anything
-            sys.exit(f"{STAGE}: {row_name} does not fit the tokenizer's chat template: {error}")
+            sys.exit(f"{STAGE}: {name} does not fit the tokenizer's chat template: {error}")
     if not all(isinstance(text, str) and text.strip() for text in texts.values()):
         return None
     return row | texts
 
 
 def load_rows(args, part, columns, tokenizer):
-    """-> training rows of stage number `part` (0 SFT, 1 reward, 2 PPO) and held-out rows, both lists of dicts with the
-    text fields `columns`. Rows without text are skipped and counted."""
-    shares = (20, 40, 40)
+    """-> training rows of stage number `part` (0 SFT, 1 reward, 2 PPO) and held-out rows, lists of dicts with the text
+    fields `columns`. Rows are shared out before any is skipped, so that no two stages see the same one."""
     if args.task == "toy":
-        train, held_out = toy_rows("train"), toy_rows("eval")
+        sets, names = [toy_rows("train"), toy_rows("eval")], ["train", "eval"]
     else:
-        train = read_file(args.data_path, columns)
-        held_out = read_file(args.eval_path, columns) if args.eval_path else None
-        for rows, path in ((train, args.data_path), (held_out, args.eval_path)):
-            skipped = []
-            for i, row in enumerate(rows or ()):
-                rows[i] = render(row, columns, tokenizer, f"row {i} of {path}")
-                if rows[i] is None:
-                    skipped.append(i)
-            if skipped:
-                say(f"{len(skipped)} of {len(rows)} rows of {path} have no text and are skipped: {skipped[:10]}")
-            if rows:
-                rows[:] = [row for row in rows if row is not None]
-        if not held_out:
-            train, held_out = ([train[i] for i in split_indices(len(train), (95, 5), k)] for k in range(2))
-    mine = (lambda rows: rows) if args.all_rows else (
-        lambda rows: [rows[i] for i in split_indices(len(rows), shares, part)])
-    if not train:
-        sys.exit(f"{STAGE}: no usable row in {args.data_path}")
-    return mine(train), mine(held_out) or held_out or train[:1]
+        sets, names = [read_file(args.data_path, columns)], [args.data_path, args.eval_path or args.data_path]
+        if args.eval_path:
+            sets.append(read_file(args.eval_path, columns))
+    sets = [[(i, row) for i, row in enumerate(rows)] for rows in sets]
+    if len(sets) == 1:
+        sets = [[sets[0][i] for i in split_indices(len(sets[0]), (95, 5), k)] for k in range(2)]
+    if not args.all_rows:
+        sets = [[rows[i] for i in split_indices(len(rows), (20, 40, 40), part)] for rows in sets]
+    for k, (rows, name) in enumerate(zip(sets, names)):
+        rendered = [render(row, columns, tokenizer, f"row {i} of {name}") for i, row in rows]
+        if skipped := [i for (i, _), row in zip(rows, rendered) if row is None]:
+            say(f"{len(skipped)} of {len(rows)} rows have no text and are skipped, in {name} row {str(skipped[:10])[1:-1]}")
+        sets[k] = [row for row in rendered if row is not None]
+    return sets
 
 
 def load_tokenizer(name):
@@ -299,15 +301,20 @@ def encode(tokenizer, prompt, answer=None):
     return ids, tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
 
-def pad(sequences, value, left=False):
-    """Lists of token ids -> (B, longest) tensor, filled up with `value` on the right or on the left."""
-    width = max(map(len, sequences))
-    return torch.tensor([[value] * (width - len(s)) * left + s + [value] * (width - len(s)) * (not left) for s in sequences])
+def pad(sequences, value, device, left=False):
+    """Lists of token ids -> ids (B, longest), filled up with `value` on the right or on the left, and the mask of what is
+    no padding, bool of the same shape."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)[:, None]
+    mask = torch.arange(int(lengths.max()), device=device) < lengths
+    mask = mask.flip(1) if left else mask
+    ids = torch.full(mask.shape, value, device=device)
+    ids[mask] = torch.tensor(sum(sequences, []), device=device)
+    return ids, mask
 
 
 def batch_indices(update, size, batch_size, seed):
     """Indices of the rows of an update: shuffled anew in every epoch, an incomplete last batch left out. A function of
-    its arguments alone, so that a run can go on from any update."""
+    its arguments alone: every rank and every run with this seed sees the same rows."""
     epoch, step = divmod(update, size // batch_size)
     return np.random.RandomState((seed + epoch) % 2**32).permutation(size)[step * batch_size:(step + 1) * batch_size]
 # ---- end of data ----
@@ -322,7 +329,7 @@ class Critic(torch.nn.Module):
 
     def forward(self, **inputs):
         hidden = self.model.base_model(use_cache=False, **inputs).last_hidden_state  # (B, L, H)
-        return self.model.score(hidden).float().sum(-1)  # (B, L, 1) -> (B, L), and no view: FSDP2 wants none
+        return self.model.score(hidden).float().sum(-1)  # (B, L, 1) -> (B, L); a view would lose FSDP2's backward hook
 
 
 # Copied from reward.py
@@ -332,7 +339,7 @@ def earlier_stage(args, stage, folder):
 
     Where that is missing, the toy task trains it first: rank 0 starts the stage as a process of its own, before there is
     a process group whose time-out could end the wait, and the other ranks wait for the folder. Any other task exits with
-    the command to run.
+    the command to run. On several machines the folder must be one that they share.
     """
     if folder:
         return folder
@@ -366,9 +373,6 @@ def say(text):
 def start(args):
     """Joins the process group (nccl on GPUs, gloo on CPUs; alone without a launcher) -> device, rank, world size."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % world or world % args.replicate:
-        sys.exit(f"{STAGE}: --batch_size {args.batch_size} must be divisible by the {world} processes, and these by "
-                 f"--replicate {args.replicate}")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -378,11 +382,6 @@ def start(args):
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     torch.manual_seed(args.seed)  # the same on every rank: new heads must start equal
-    if rank == 0:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        Path(args.output_dir, "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            Path(args.output_dir, name).write_text("")
     return device, rank, world
 
 
@@ -418,6 +417,21 @@ def shard(model, args, device):
     return model.eval()
 
 
+@contextmanager
+def unsharded(model):
+    """Gathers all weights of an FSDP2 model once and keeps them, so that the forwards inside make no collective call."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    model.set_reshard_after_forward(False)
+    for unit in units:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+        model.set_reshard_after_forward(True)
+
+
 def all_sum(figures, device):
     """The sum over all ranks of every figure of a dict."""
     total = torch.tensor([float(value) for value in figures.values()], dtype=torch.float64, device=device)
@@ -441,6 +455,18 @@ def save(model, tokenizer, folder):
     dist.barrier()
 
 
+def open_output(args):
+    """Makes the output folder with args.json, and empties what an earlier run logged there, on rank 0 alone."""
+    if dist.get_rank() == 0:
+        try:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            Path(args.output_dir, "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                Path(args.output_dir, name).write_text("")
+        except OSError as error:
+            sys.exit(f"{STAGE}: cannot write to --output_dir {args.output_dir}: {error}")
+
+
 def write(args, name, row):
     """Appends a JSON line to a file of the output folder, on rank 0 alone."""
     if dist.get_rank() == 0:
@@ -453,21 +479,6 @@ def finish():
     dist.barrier()
     dist.destroy_process_group()
 # ---- end of distribution ----
-
-
-@contextmanager
-def unsharded(model):
-    """Gathers all weights of an FSDP2 model once and keeps them, so that the forwards inside make no collective call."""
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    model.set_reshard_after_forward(False)
-    for unit in units:
-        unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.reshard()
-        model.set_reshard_after_forward(True)
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -561,35 +572,42 @@ def response_values(critic, queries, query_mask, responses, mask):
     return critic(**model_inputs(queries, query_mask, responses, mask))[:, -responses.shape[1]:]
 
 
-def rule_reward(spec, tokenizer, device):
-    """The reward FILE.py:FUNCTION as a function of rows and responses (lists of token ids) -> scores (B,)."""
+def load_function(spec):
+    """The function that FILE.py:FUNCTION names; exits with a sentence where there is none."""
     path, _, name = spec.rpartition(":")
+    if not os.path.isfile(path):
+        sys.exit(f"{STAGE}: --reward {spec} must be FILE.py:FUNCTION, and there is no file {path}")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-        function = getattr(module, name)
-    except (OSError, AttributeError) as error:
-        sys.exit(f"{STAGE}: --reward {spec} is not FILE.py:FUNCTION: {error}")
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        sys.exit(f"{STAGE}: --reward {spec} must be FILE.py:FUNCTION, and {path} has no function {name}")
+    return getattr(module, name)
 
+
+def rule_reward(function, tokenizer, device):
+    """A function f(prompts, responses, rows) -> list of floats as one of rows and token ids -> scores (B,)."""
     def score(rows, responses):
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         scores = list(function([row["prompt"] for row in rows], texts, rows))
-        for i, row in enumerate(rows):
-            if i >= len(scores) or not isinstance(scores[i], (int, float)) or not math.isfinite(scores[i]):
-                got = repr(scores[i]) if i < len(scores) else f"only {len(scores)} scores for {len(rows)} responses"
-                sys.exit(f"{STAGE}: --reward {spec} must give a finite number for each response, but gave {got} for the "
-                         f"response {texts[i]!r} to {row['prompt']!r}")
-        return torch.tensor(scores, dtype=torch.float32, device=device)
+        if len(scores) != len(texts):
+            sys.exit(f"{STAGE}: the reward function gave {len(scores)} scores for {len(texts)} responses")
+        for i, value in enumerate(scores):
+            try:
+                scores[i] = float(value)
+            except (TypeError, ValueError):
+                scores[i] = math.nan
+            if not math.isfinite(scores[i]):
+                sys.exit(f"{STAGE}: the reward function must give a finite number for each response, and gave {value!r} for "
+                         f"the response {texts[i]!r} to {rows[i]['prompt']!r}")
+        return torch.tensor(scores, device=device)
     return score
 
 
 def model_reward(name, tokenizer, args, device):
     """A reward model as a function of rows and responses (lists of token ids) -> scores (B,). Where its tokenizer is not
     the policy's, it reads the same text in its own tokens."""
-    own = AutoTokenizer.from_pretrained(name)
-    if own.pad_token_id is None:
-        own.pad_token = own.eos_token
+    own = load_tokenizer(name)
     same = own.get_vocab() == tokenizer.get_vocab()
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     model, missing = load(AutoModelForSequenceClassification, name, own, dtype=dtype)
@@ -598,22 +616,18 @@ def model_reward(name, tokenizer, args, device):
                  f"head (weights not found: {', '.join(sorted(missing)) or 'none'})")
     shard(model, args, device)
 
+    def tokens(row, response):
+        if same:
+            return row["ids"] + response
+        prompt, answer = encode(own, row["prompt"], tokenizer.decode(response, skip_special_tokens=True))
+        return prompt + (answer if response[-1] == tokenizer.eos_token_id else answer[:-1])
+
     @torch.no_grad()
     def score(rows, responses):
-        scores = []
+        sequences, scores = [tokens(row, response) for row, response in zip(rows, responses)], []
         for i in range(0, len(rows), args.micro_batch_size):
-            sequences = []
-            for row, response in zip(rows[i:i + args.micro_batch_size], responses[i:i + args.micro_batch_size]):
-                if same:
-                    sequences.append(row["ids"] + response)
-                else:
-                    ended, text = response[-1] == tokenizer.eos_token_id, tokenizer.decode(response, skip_special_tokens=True)
-                    prompt, answer = encode(own, row["prompt"], text)
-                    sequences.append(prompt + (answer if ended else answer[:-1]))
-            ids = pad(sequences, own.pad_token_id).to(device)
-            lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)[:, None]
-            attention = (torch.arange(ids.shape[1], device=device) < lengths).long()
-            scores.append(model(input_ids=ids, attention_mask=attention).logits[:, 0].float())
+            ids, mask = pad(sequences[i:i + args.micro_batch_size], own.pad_token_id, device)
+            scores.append(model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float())
         return torch.cat(scores)
     return score
 
@@ -637,9 +651,7 @@ def make_rollout(rows, generator, policy, ref, critic, score, args, tokenizer, d
     they enter the rewards, raw_scores (B,) before --score_clip.
     """
     began = time.perf_counter()
-    queries = pad([row["ids"] for row in rows], tokenizer.pad_token_id, left=True).to(device)  # (B, Q)
-    lengths = torch.tensor([len(row["ids"]) for row in rows], device=device)[:, None]
-    query_mask = torch.arange(queries.shape[1], device=device) >= queries.shape[1] - lengths
+    queries, query_mask = pad([row["ids"] for row in rows], tokenizer.pad_token_id, device, left=True)  # (B, Q)
     with unsharded(policy):
         responses, mask = generate(policy, queries, query_mask, args, tokenizer, generator)
     sampled = time.perf_counter()
@@ -687,7 +699,8 @@ def compute_advantages(rollout, args, tokenizer=None, generator=None):
     """Token-level GAE: every token is an action -> advantages, returns (B, T), metrics."""
     mask = rollout["mask"]
     advantages, returns = gae(rollout["rewards"], rollout["values"], mask, args.gamma, args.lam)
-    return advantages, returns, {"macro/length": 1.0, "macro/count": mask.sum(1).float().mean().item()}
+    return advantages, returns, {"macro/length": 1.0, "macro/count": mask.sum(1).float().mean().item(),
+                                 "macro/parse_failures": 0}
 # ---- end of advantages ----
 
 
@@ -838,9 +851,9 @@ def show(rows, before, after, args):
 
 def main(argv=None):
     args = parse_args(Args, AdvantageArgs, argv=argv)
+    function = load_function(args.reward) if ".py:" in (args.reward or "") else None
     policy_name = earlier_stage(args, "sft", args.policy)
-    by_rule = ".py:" in (args.reward or "")
-    reward_name = args.reward if by_rule else earlier_stage(args, "reward", args.reward)
+    reward_name = None if function else earlier_stage(args, "reward", args.reward)
     device, rank, world = start(args)
     tokenizer = load_tokenizer(policy_name)
     train, held_out = load_prompts(args, tokenizer)
@@ -853,11 +866,23 @@ def main(argv=None):
     updates = min(args.epochs * per_epoch, args.updates or math.inf)
 
     policy, _ = load(AutoModelForCausalLM, policy_name, tokenizer, dtype=torch.float32)
-    ref = copy.deepcopy(policy).to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
-    critic, _ = load(AutoModelForSequenceClassification, args.critic or (policy_name if by_rule else reward_name), tokenizer,
-                     num_labels=1, dtype=torch.float32)
-    policy, ref, critic = (shard(model, args, device) for model in (policy, ref, Critic(critic)))
-    score = rule_reward(reward_name, tokenizer, device) if by_rule else model_reward(reward_name, tokenizer, args, device)
+    limit = getattr(policy.config, "max_position_embeddings", math.inf)
+    if args.max_prompt_length + args.max_response_length > limit:
+        sys.exit(f"{STAGE}: {policy_name} has {limit} positions, too few for --max_prompt_length {args.max_prompt_length} and "
+                 f"--max_response_length {args.max_response_length}")
+    ref = copy.deepcopy(policy)
+    if args.dtype == "bf16":
+        for parameter in ref.parameters():  # not the buffers: rotary frequencies stay fp32, as they do in the policy
+            parameter.data = parameter.data.bfloat16()
+    policy, ref = shard(policy, args, device), shard(ref, args, device)
+    critic_name = args.critic or reward_name
+    if not critic_name or load_tokenizer(critic_name).get_vocab() != tokenizer.get_vocab():
+        say("the critic starts from the policy, with a new head: the reward has no model that reads the policy's tokens")
+        critic_name = policy_name
+    critic, _ = load(AutoModelForSequenceClassification, critic_name, tokenizer, num_labels=1, dtype=torch.float32)
+    critic = shard(Critic(critic), args, device)
+    score = rule_reward(function, tokenizer, device) if function else model_reward(reward_name, tokenizer, args, device)
+    open_output(args)
     optimizers = [torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
                   for model, lr in ((policy, args.policy_lr), (critic, args.critic_lr))]
     say(f"{len(train)} prompts, {updates} updates of {args.batch_size} responses on {world} process(es), {device.type}")
@@ -874,6 +899,7 @@ def main(argv=None):
 
         scored = time.perf_counter()
         advantages, returns, macro = compute_advantages(rollout, args, tokenizer, seeded(device, args.seed, update, rank, 1))
+        metrics["time/termination"] = time.perf_counter() - scored
         if args.whiten_advantages:
             advantages = whiten(advantages, rollout["mask"], device)
         rollout |= {"advantages": advantages, "returns": returns}
@@ -896,10 +922,11 @@ def main(argv=None):
     save(critic, tokenizer, Path(args.output_dir, "final", "critic"))
     if rank == 0:
         show(held_out[:3], first[1], last[1], args)
-        print(f"{STAGE}, {updates} updates, on {len(held_out) * world} held-out prompts before -> after: " + ", ".join(
-            f"{name.removeprefix('eval/')} {first[0][name]:.2f} -> {last[0][name]:.2f}" for name in last[0]))
-        print(f"{args.output_dir}/final has the policy (and critic/), {args.output_dir}/metrics.jsonl the figures of every "
-              f"update, {args.output_dir}/samples.jsonl answers to held-out prompts")
+        print(f"{f'{len(held_out) * world} held-out prompts':<24}{'SFT':>10}{STAGE:>10}   after {updates} updates")
+        for name in last[0]:
+            print(f"{name.removeprefix('eval/'):<24}{first[0][name]:>10.2f}{last[0][name]:>10.2f}")
+        print(f"{args.output_dir}/: final has the policy (and critic), metrics.jsonl the figures of every update, samples.jsonl "
+              "answers to held-out prompts")
     finish()
 
 

@@ -1,8 +1,8 @@
 """Stage 1 of MA-RLHF, supervised fine-tuning (section 4.1 of the paper): maximise log pi(answer | prompt).
 
     python sft.py                                                    the embedded toy task, one process
-    torchrun --nproc_per_node=8 sft.py --task pairs --data_path rows.jsonl --model google/gemma-2b --lr 5e-5
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 sft.py --replicate 4 ...
+    torchrun --nproc_per_node=8 sft.py --task pairs --data_path rows.jsonl --model google/gemma-2b --lr 5e-5 --batch_size 512
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 sft.py --replicate 4 --batch_size 512 ...
 
 Leaves runs/<task>/sft/: final/ (Hugging Face format), metrics.jsonl, samples.jsonl, args.json.
 """
@@ -14,6 +14,7 @@ import random
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
@@ -34,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 STAGE = Path(__file__).stem
 
 
-POSITIVE = ("batch_size micro_batch_size epochs updates eval_size max_length max_prompt_length max_response_length "
+POSITIVE = ("cutoff batch_size micro_batch_size epochs updates eval_size max_length max_prompt_length max_response_length "
             "replicate ppo_epochs ngram").split()
 SHARES = "warmup_ratio gamma lam top_p".split()
 
@@ -60,6 +61,10 @@ def parse_args(*groups, argv=None):
             parser.error(f"--{name} is {value}; it must be at least {low} and at most {high}")
         if name in POSITIVE and value is not None and value < math.inf and value % 1:
             parser.error(f"--{name} is {value}; it must be a whole number")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world or world % args.replicate:
+        parser.error(f"--batch_size {args.batch_size} must be divisible by the {world} processes, and these by --replicate "
+                     f"{args.replicate}")
     args.output_dir = args.output_dir or f"runs/{args.task}/{STAGE}"
     return args
 # ---- end of options ----
@@ -186,7 +191,8 @@ def split_indices(size, shares, part, seed=1234):
 def read_file(path, columns):
     """Rows (dicts) of a JSONL or Parquet file that has `columns`; exits with a sentence where that cannot be."""
     if not path or not os.path.isfile(path):
-        sys.exit(f"{STAGE}: no file at --data_path {path}; give a JSONL or Parquet file with columns {', '.join(columns)}")
+        sys.exit(f"{STAGE}: there is no file {path}; --data_path (and --eval_path) take a JSONL or Parquet file with columns "
+                 f"{', '.join(columns)}")
     kind = "parquet" if path.endswith(".parquet") else "json"
     try:
         rows = datasets.load_dataset(kind, data_files=path, split="train")
@@ -203,51 +209,48 @@ def read_file(path, columns):
     return rows.to_list()
 
 
-def render(row, columns, tokenizer, row_name):
-    """A row with its texts as strings: role/content messages go through the tokenizer's chat template."""
-    texts = {name: row[name] for name in columns}
-    if isinstance(row["prompt"], list):
+def render(row, columns, tokenizer, name):
+    """A row with its texts as strings, role/content messages put through the tokenizer's chat template; None where a text
+    is missing. `name` says in an error which row it is."""
+    texts = {column: row[column] for column in columns}
+    if isinstance(row["prompt"], list) and all(texts.values()):
         if not tokenizer.chat_template:
-            sys.exit(f"{STAGE}: {row_name} has messages, and the tokenizer has no chat template; give strings instead")
+            sys.exit(f"{STAGE}: {name} has messages, and the tokenizer has no chat template; give strings instead")
         try:
             texts["prompt"] = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
-            for name in columns[1:]:
-                answer = [{"role": "assistant", "content": row[name]}] if isinstance(row[name], str) else row[name]
+            for column in columns[1:]:
+                answer = [{"role": "assistant", "content": row[column]}] if isinstance(row[column], str) else row[column]
                 whole = tokenizer.apply_chat_template(row["prompt"] + answer, tokenize=False)
-                texts[name] = whole.removeprefix(texts["prompt"]).rstrip().removesuffix(tokenizer.eos_token)
+                if not whole.startswith(texts["prompt"]):
+                    raise ValueError("with the answer, it does not begin as the prompt alone does")
+                texts[column] = whole.removeprefix(texts["prompt"]).rstrip().removesuffix(tokenizer.eos_token)
         except Exception as error:  # a template may raise anything
-            sys.exit(f"{STAGE}: {row_name} does not fit the tokenizer's chat template: {error}")
+            sys.exit(f"{STAGE}: {name} does not fit the tokenizer's chat template: {error}")
     if not all(isinstance(text, str) and text.strip() for text in texts.values()):
         return None
     return row | texts
 
 
 def load_rows(args, part, columns, tokenizer):
-    """-> training rows of stage number `part` (0 SFT, 1 reward, 2 PPO) and held-out rows, both lists of dicts with the
-    text fields `columns`. Rows without text are skipped and counted."""
-    shares = (20, 40, 40)
+    """-> training rows of stage number `part` (0 SFT, 1 reward, 2 PPO) and held-out rows, lists of dicts with the text
+    fields `columns`. Rows are shared out before any is skipped, so that no two stages see the same one."""
     if args.task == "toy":
-        train, held_out = toy_rows("train"), toy_rows("eval")
+        sets, names = [toy_rows("train"), toy_rows("eval")], ["train", "eval"]
     else:
-        train = read_file(args.data_path, columns)
-        held_out = read_file(args.eval_path, columns) if args.eval_path else None
-        for rows, path in ((train, args.data_path), (held_out, args.eval_path)):
-            skipped = []
-            for i, row in enumerate(rows or ()):
-                rows[i] = render(row, columns, tokenizer, f"row {i} of {path}")
-                if rows[i] is None:
-                    skipped.append(i)
-            if skipped:
-                say(f"{len(skipped)} of {len(rows)} rows of {path} have no text and are skipped: {skipped[:10]}")
-            if rows:
-                rows[:] = [row for row in rows if row is not None]
-        if not held_out:
-            train, held_out = ([train[i] for i in split_indices(len(train), (95, 5), k)] for k in range(2))
-    mine = (lambda rows: rows) if args.all_rows else (
-        lambda rows: [rows[i] for i in split_indices(len(rows), shares, part)])
-    if not train:
-        sys.exit(f"{STAGE}: no usable row in {args.data_path}")
-    return mine(train), mine(held_out) or held_out or train[:1]
+        sets, names = [read_file(args.data_path, columns)], [args.data_path, args.eval_path or args.data_path]
+        if args.eval_path:
+            sets.append(read_file(args.eval_path, columns))
+    sets = [[(i, row) for i, row in enumerate(rows)] for rows in sets]
+    if len(sets) == 1:
+        sets = [[sets[0][i] for i in split_indices(len(sets[0]), (95, 5), k)] for k in range(2)]
+    if not args.all_rows:
+        sets = [[rows[i] for i in split_indices(len(rows), (20, 40, 40), part)] for rows in sets]
+    for k, (rows, name) in enumerate(zip(sets, names)):
+        rendered = [render(row, columns, tokenizer, f"row {i} of {name}") for i, row in rows]
+        if skipped := [i for (i, _), row in zip(rows, rendered) if row is None]:
+            say(f"{len(skipped)} of {len(rows)} rows have no text and are skipped, in {name} row {str(skipped[:10])[1:-1]}")
+        sets[k] = [row for row in rendered if row is not None]
+    return sets
 
 
 def load_tokenizer(name):
@@ -274,15 +277,20 @@ def encode(tokenizer, prompt, answer=None):
     return ids, tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
 
-def pad(sequences, value, left=False):
-    """Lists of token ids -> (B, longest) tensor, filled up with `value` on the right or on the left."""
-    width = max(map(len, sequences))
-    return torch.tensor([[value] * (width - len(s)) * left + s + [value] * (width - len(s)) * (not left) for s in sequences])
+def pad(sequences, value, device, left=False):
+    """Lists of token ids -> ids (B, longest), filled up with `value` on the right or on the left, and the mask of what is
+    no padding, bool of the same shape."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)[:, None]
+    mask = torch.arange(int(lengths.max()), device=device) < lengths
+    mask = mask.flip(1) if left else mask
+    ids = torch.full(mask.shape, value, device=device)
+    ids[mask] = torch.tensor(sum(sequences, []), device=device)
+    return ids, mask
 
 
 def batch_indices(update, size, batch_size, seed):
     """Indices of the rows of an update: shuffled anew in every epoch, an incomplete last batch left out. A function of
-    its arguments alone, so that a run can go on from any update."""
+    its arguments alone: every rank and every run with this seed sees the same rows."""
     epoch, step = divmod(update, size // batch_size)
     return np.random.RandomState((seed + epoch) % 2**32).permutation(size)[step * batch_size:(step + 1) * batch_size]
 # ---- end of data ----
@@ -298,9 +306,6 @@ def say(text):
 def start(args):
     """Joins the process group (nccl on GPUs, gloo on CPUs; alone without a launcher) -> device, rank, world size."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % world or world % args.replicate:
-        sys.exit(f"{STAGE}: --batch_size {args.batch_size} must be divisible by the {world} processes, and these by "
-                 f"--replicate {args.replicate}")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -310,11 +315,6 @@ def start(args):
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     torch.manual_seed(args.seed)  # the same on every rank: new heads must start equal
-    if rank == 0:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        Path(args.output_dir, "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            Path(args.output_dir, name).write_text("")
     return device, rank, world
 
 
@@ -350,6 +350,21 @@ def shard(model, args, device):
     return model.eval()
 
 
+@contextmanager
+def unsharded(model):
+    """Gathers all weights of an FSDP2 model once and keeps them, so that the forwards inside make no collective call."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    model.set_reshard_after_forward(False)
+    for unit in units:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+        model.set_reshard_after_forward(True)
+
+
 def all_sum(figures, device):
     """The sum over all ranks of every figure of a dict."""
     total = torch.tensor([float(value) for value in figures.values()], dtype=torch.float64, device=device)
@@ -373,6 +388,18 @@ def save(model, tokenizer, folder):
     dist.barrier()
 
 
+def open_output(args):
+    """Makes the output folder with args.json, and empties what an earlier run logged there, on rank 0 alone."""
+    if dist.get_rank() == 0:
+        try:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            Path(args.output_dir, "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                Path(args.output_dir, name).write_text("")
+        except OSError as error:
+            sys.exit(f"{STAGE}: cannot write to --output_dir {args.output_dir}: {error}")
+
+
 def write(args, name, row):
     """Appends a JSON line to a file of the output folder, on rank 0 alone."""
     if dist.get_rank() == 0:
@@ -393,11 +420,9 @@ def sft_loss(model, sequences, starts, pad_id, device):
     sequences: lists of token ids, prompt and answer; starts: the position at which each answer begins. Only the rows of
     the logits that predict an answer's token are taken to fp32.
     """
-    ids = pad(sequences, pad_id).to(device)  # (B, L)
-    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)[:, None]
-    columns = torch.arange(ids.shape[1], device=device)
-    answer = (columns >= torch.tensor(starts, device=device)[:, None]) & (columns < lengths)  # (B, L)
-    logits = model(input_ids=ids, attention_mask=(columns < lengths).long(), use_cache=False).logits  # (B, L, V)
+    ids, mask = pad(sequences, pad_id, device)  # (B, L)
+    answer = mask & (torch.arange(ids.shape[1], device=device) >= torch.tensor(starts, device=device)[:, None])
+    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits  # (B, L, V)
     return F.cross_entropy(logits[:, :-1][answer[:, 1:]].float(), ids[:, 1:][answer[:, 1:]], reduction="sum")
 
 
@@ -425,15 +450,13 @@ def held_out_loss(model, examples, args, pad_id, device):
 
 
 def show_samples(model, tokenizer, rows, args, device):
-    """One sampled answer for each row, written to samples.jsonl beside the data's own; every rank must call this."""
-    for unit in model.modules():
-        if isinstance(unit, FSDPModule):
-            unit.unshard()
+    """One sampled answer for each row, written to samples.jsonl beside the data's own. Every rank must call this."""
     for row in rows:
         ids = torch.tensor([encode(tokenizer, row["prompt"])[0]], device=device)
-        longest = len(encode(tokenizer, row["prompt"], row["chosen"])[1]) * 2
-        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=True,
-                                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, synced_gpus=False)
+        with unsharded(model):
+            output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, synced_gpus=False,
+                                    max_new_tokens=2 * len(encode(tokenizer, row["prompt"], row["chosen"])[1]),
+                                    pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
         answer = tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
         write(args, "samples.jsonl", {"prompt": row["prompt"], "response": answer, "chosen": row["chosen"]})
         say(f"\n  prompt  {row['prompt']}\n  data    {row['chosen']}\n  model   {answer}")
@@ -468,6 +491,7 @@ def main(argv=None):
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} rows of {len(train_rows)} within "
         f"--max_length, {updates} updates of {args.batch_size} on {world} process(es), {device.type}")
 
+    open_output(args)
     model = shard(model, args, device)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     bar = progress(range(updates), rank)

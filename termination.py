@@ -3,8 +3,28 @@
 Each takes the responses of a batch (B, T), any mix of lengths, on any device, and returns `starts` (B, T) bool: True on
 the first token of every macro action, False on padding. Macro actions cut a response completely: each ends where the next
 one starts. `mask` (B, T) is True on the real tokens, the first columns of every row.
+
+Run as a program, it shows a text cut into macro actions under each condition:
+
+    python termination.py "The food was great. The pool was never cold."
+    python termination.py --samples runs/toy/ma_ppo/samples.jsonl --model runs/toy/sft/final
 """
+import argparse
+import ast
+import bisect
+import collections
+import functools
+import io
+import itertools
+import json
 import math
+import os
+import re
+import select
+import shutil
+import subprocess
+import sys
+import tokenize
 
 import torch
 
@@ -81,3 +101,310 @@ def macro_ids(starts):
     tensor([[0, 0, 1, 2, 2]])
     """
     return (starts.long().cumsum(1) - 1).clamp(min=0)
+
+
+def token_starts(ids, tokenizer):
+    """-> the text of the token ids (special tokens left out), and for each token the character at which its text begins.
+
+    A token begins where decoding with it first differs from decoding without it. Bytes of one character that are split
+    over tokens all begin at that character; a special token begins where the next token does. Only the last eight tokens
+    are decoded anew, which holds for tokenizers whose decoding is local; where the result is not the whole text, all are.
+    """
+    decode = lambda lists: tokenizer.batch_decode(lists, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = decode([ids])[0]
+    for window in (8, len(ids)):
+        before = decode([ids[max(0, k - window):k] for k in range(len(ids))])
+        after = decode([ids[max(0, k - window):k + 1] for k in range(len(ids))])
+        length, starts = 0, []
+        for old, new in zip(before, after):
+            starts.append(length - len(old) + len(os.path.commonprefix([old, new])))
+            length += len(new) - len(old)
+        if length == len(text):
+            break
+    for k in reversed(range(len(ids) - 1)):
+        starts[k] = min(starts[k], starts[k + 1])
+    return text, starts
+
+
+def parse_starts(trees, words_of_tokens, cutoff):
+    """Indices of the words at which macro actions start, in order, by a depth-first walk over the trees of a response.
+
+    trees: nested lists whose leaves are (start, end) spans of words; words_of_tokens: the index of each token's word. A node
+    of one word joins the macro action before it, but at the head of its sentence; a node with fewer than `cutoff` tokens
+    is one macro action; any other node is descended into.
+    """
+    tokens = collections.Counter(words_of_tokens)
+    starts, word = [], 0
+
+    def walk(node, head):
+        nonlocal word
+        size = len(leaves(node))
+        if size == 0:
+            return
+        if size == 1 or sum(tokens[i] for i in range(word, word + size)) < cutoff:
+            if size > 1 or word == head:
+                starts.append(word)
+            word += size
+        else:
+            for child in node:
+                walk(child, head)
+
+    for tree in trees:
+        walk(tree, word)
+    return starts
+
+
+def leaves(tree):
+    """The (start, end) spans of a tree from left to right.
+
+    >>> leaves([[(0, 3), (4, 8)], (9, 12)])
+    [(0, 3), (4, 8), (9, 12)]
+    """
+    return [tree] if isinstance(tree, tuple) else [leaf for child in tree for leaf in leaves(child)]
+
+
+def parsing(responses, mask, tokenizer, parse, cutoff=5):
+    """Macro actions are constituents of a parse: nodes with fewer than `cutoff` tokens, see parse_starts.
+
+    responses (B, T) token ids. parse: text -> trees of its sentences in order, nested lists whose leaves are (start, end)
+    character spans of words; None (or no word) where it rejects the text: that row of the result is all False. A token
+    belongs to the word that holds its first non-space character, or to the next word where none does; what follows the
+    last word (EOS) to the last macro action.
+    """
+    check_mask(mask)
+    starts = torch.zeros_like(mask)
+    for row, (response, real) in enumerate(zip(responses, mask)):
+        text, begins = token_starts(response[real].tolist(), tokenizer)
+        trees = parse(text) or []
+        words = leaves(trees)
+        if not words:
+            continue
+        firsts = [begin + len(text[begin:]) - len(text[begin:].lstrip()) for begin in begins]
+        words_of_tokens = [bisect.bisect_right([end for _, end in words], first) for first in firsts]
+        actions = parse_starts(trees, words_of_tokens, cutoff)
+        action_of_token = [bisect.bisect_right(actions, min(word, len(words) - 1)) for word in words_of_tokens]
+        for k, action in enumerate(action_of_token):
+            starts[row, k] = k == 0 or action != action_of_token[k - 1]
+    return starts
+
+
+def ptb_tree(ptb, text, start=0):
+    """A tree of (start, end) spans from a Penn Treebank string, whose words stand in `text` in the same order, from
+    character `start` on. Bracket and quote codes, upper and lower case are as in the text. ValueError where a word is not.
+
+    >>> ptb_tree("(S (NP (DT The) (NN cat)) (VP (VBD sat)) (. .))", "The cat sat.")
+    [[[(0, 3)], [(4, 7)]], [[(8, 11)]], [(11, 12)]]
+    """
+    codes = {"-LRB-": "(", "-RRB-": ")", "-LSB-": "[", "-RSB-": "]", "-LCB-": "{", "-RCB-": "}", "``": '"', "''": '"'}
+    stack, cursor, lower = [[]], start, text.lower()
+    for opening, word in re.findall(r"(\([^\s()]*)|([^\s()]+|\))", ptb):
+        if opening:
+            stack.append([])
+        elif word == ")" and len(stack) > 1:
+            node = stack.pop()
+            stack[-1].append(node)
+        else:
+            found = [at for form in (word, codes.get(word, word)) if (at := lower.find(form.lower(), cursor)) >= 0]
+            if not found or any(character.isalnum() for character in text[cursor:min(found)]) or len(lower) != len(text):
+                raise ValueError(f"the word {word!r} of the tree does not follow at character {cursor} of the text")
+            cursor = min(found) + len(word if lower.startswith(word.lower(), min(found)) else codes[word])
+            stack[-1].append((min(found), cursor))
+    if len(stack) != 1 or len(stack[0]) != 1:
+        raise ValueError(f"not one balanced tree: {ptb[:60]}")
+    return stack[0][0]
+
+
+def python_parser():
+    """-> parse(text) for Python source: trees of its top-level statements by `ast`, the inner nodes statements and
+    expressions, the leaves the tokens of the source with comments; None for text that is no Python."""
+    layout = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+
+    def parse(text):
+        try:
+            module = ast.parse(text)
+            tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type not in layout]
+        except (SyntaxError, ValueError, tokenize.TokenError, RecursionError, MemoryError):
+            return None
+        lines = text.splitlines(keepends=True)
+        offsets = [0, *itertools.accumulate(map(len, lines))]
+        spans = [(offsets[t.start[0] - 1] + t.start[1], offsets[t.end[0] - 1] + t.end[1]) for t in tokens]
+        character = lambda line, byte: offsets[line - 1] + len(lines[line - 1].encode()[:byte].decode(errors="ignore"))
+        ranges = set()  # of tokens, of every statement and expression
+        for node in ast.walk(module):
+            if isinstance(node, (ast.stmt, ast.expr)):
+                first = bisect.bisect_left(spans, (character(node.lineno, node.col_offset),))
+                if getattr(node, "decorator_list", None):
+                    head = node.decorator_list[0]
+                    first = bisect.bisect_left(spans, (character(head.lineno, head.col_offset),)) - 1  # with its @
+                end = character(node.end_lineno, node.end_col_offset)
+                last = bisect.bisect_right([end for _, end in spans], end)
+                if first < last:
+                    ranges.add((first, -last))
+        root, open_nodes = [], []  # open_nodes: (list, its last token + 1) of the nodes that are not complete
+        todo = sorted(ranges, reverse=True)
+        for i, span in enumerate(spans):
+            while open_nodes and open_nodes[-1][1] <= i:
+                open_nodes.pop()
+            while todo and todo[-1][0] == i:
+                last, node = -todo.pop()[1], []
+                if not open_nodes or last <= open_nodes[-1][1]:
+                    (open_nodes[-1][0] if open_nodes else root).append(node)
+                    open_nodes.append((node, last))
+            (open_nodes[-1][0] if open_nodes else root).append(span)
+        return root
+    return parse
+
+
+def link_grammar_parser(timeout=5.0):
+    """-> parse(text) for English by the program link-parser (Debian's package link-grammar), one process that lives on.
+    None where a sentence has no parse whose words stand in the text in order, or takes more than `timeout` seconds."""
+    if not shutil.which("link-parser"):
+        raise SystemExit("--parser link-grammar needs the program link-parser: apt-get install link-grammar")
+    command = ["stdbuf", "-oL", "link-parser", "en", "-limit=1", "-spell=0", "-graphics=0", "-constituents=3"]
+    process, command_done = None, b"width set to 16000\n"
+
+    def ask(sentence):
+        """The program's answer to a line; a command behind the line shows where the answer ends."""
+        nonlocal process
+        if process is None or process.poll() is not None:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        answer = b""
+        try:
+            process.stdin.write(sentence.encode() + b"\n!width=16000\n")
+            process.stdin.flush()
+            while not answer.endswith(command_done):
+                if not select.select([process.stdout], [], [], timeout)[0]:
+                    raise TimeoutError
+                chunk = os.read(process.stdout.fileno(), 65536)
+                if not chunk:
+                    raise BrokenPipeError
+                answer += chunk
+        except (OSError, TimeoutError):
+            process.kill()
+            process.wait()
+            process = None
+            return ""
+        return answer.decode(errors="replace")
+
+    def parse(text):
+        trees = []
+        for match in re.finditer(r"[^.!?\n]*[.!?]*", text):
+            sentence = " ".join(match[0].split()).lstrip("!% ")  # these would make it a command
+            if not any(character.isalnum() for character in sentence):
+                continue
+            found = re.search(r"^\(S .*$", ask(sentence), re.M)
+            if not found:
+                return None
+            # words come lower-cased, with subscripts (food.s), and marked where they were guessed (xyzzy{?}.n)
+            words = re.sub(r"(?<=[^\s(])(\[[^\]\s]*\]|\{[^}\s]*\})?(\.[a-z][\w-]*)?(?=[\s)])", "", found[0])
+            try:
+                trees.append(ptb_tree(re.sub(r"[{}]", "", words), text[:match.end()], match.start()))
+            except ValueError:
+                return None
+        return trees
+    return parse
+
+
+def stanza_parser():
+    """-> parse(text) by stanza's English constituency pipeline (pip install stanza; it downloads its own model)."""
+    try:
+        import stanza
+    except ImportError:
+        raise SystemExit("--parser stanza needs the package: pip install stanza") from None
+    pipeline = stanza.Pipeline("en", processors="tokenize,pos,constituency", verbose=False)
+
+    def parse(text):
+        try:
+            return [ptb_tree(str(sentence.constituency), text, sentence.tokens[0].start_char)
+                    for sentence in pipeline(text).sentences]
+        except ValueError:
+            return None
+    return parse
+
+
+@functools.cache
+def parser(name):
+    """The parser of that name, made once for a process: "stanza", "link-grammar" or "python"."""
+    return {"stanza": stanza_parser, "link-grammar": link_grammar_parser, "python": python_parser}[name]()
+
+
+class Words:
+    """The words of a text as a tokenizer: token i is the i-th word with the space before it."""
+
+    def __init__(self, text):
+        self.pieces = re.findall(r"\s*\S+", text)
+
+    def batch_decode(self, lists, **_):
+        return ["".join(self.pieces[i] for i in ids) for ids in lists]
+
+
+def colored(pieces, starts, color):
+    """The pieces of a text as one string, its macro actions in alternating colors, or with bars between them."""
+    text, number = "", -1
+    for piece, start in zip(pieces, starts):
+        number += start
+        if start and number and not color:
+            text += " |"
+        text += f"\x1b[3{'64'[number % 2]}m{piece}\x1b[0m" if color else piece
+    return text.strip()
+
+
+def main(argv=None):
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("text", nargs="?", help="the text to cut")
+    options.add_argument("--file", help="read the text from this file")
+    options.add_argument("--samples", help="a samples.jsonl of stage 3: its last response, and its prompt for perplexity")
+    options.add_argument("--tokenizer", help="folder or hub name; without it (and --model) a token is a word")
+    options.add_argument("--model", help="policy whose log-probabilities perplexity uses; also the tokenizer")
+    options.add_argument("--ngram", type=float, default=5, help="tokens per fixed n-gram, or inf (default: 5)")
+    options.add_argument("--parser", choices=("stanza", "link-grammar", "python"), default="link-grammar", help="of parsing "
+                         "(default: link-grammar)")
+    options.add_argument("--cutoff", type=int, default=5, help="constituents of fewer tokens are one action (default: 5)")
+    options.add_argument("--seed", type=int, default=0, help="of randomized n-grams (default: 0)")
+    args = options.parse_args(argv)
+    prompt = ""
+    try:
+        if args.samples:
+            row = json.loads(open(args.samples).read().splitlines()[-1])
+            prompt, args.text = row["prompt"], row["response"]
+        elif args.file:
+            args.text = open(args.file).read()
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        options.error(f"cannot read a text from {args.samples or args.file}: {error}")
+    if not (args.text or "").strip():
+        options.error("give a text, --file or --samples")
+    tokenizer = Words(args.text)
+    ids = list(range(len(tokenizer.pieces)))
+    if args.tokenizer or args.model:
+        from transformers import AutoTokenizer
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+        ids = tokenizer(args.text, add_special_tokens=False)["input_ids"]
+    text, begins = token_starts(ids, tokenizer)
+    pieces = [text[begin:end] for begin, end in zip(begins, [*begins[1:], len(text)])]
+    responses = torch.tensor([ids])
+    mask = torch.ones_like(responses, dtype=torch.bool)
+    cuts = {f"fixed n-gram, n = {args.ngram:g}": lambda: fixed_ngram(mask, args.ngram),
+            "randomized n-gram": lambda: randomized_ngram(mask, generator=torch.Generator().manual_seed(args.seed)),
+            f"parsing, {args.parser}, cutoff {args.cutoff}": lambda: parsing(responses, mask, tokenizer, parser(args.parser), args.cutoff)}
+    if args.model:
+        from transformers import AutoModelForCausalLM
+        head = [tokenizer.bos_token_id or tokenizer.eos_token_id] + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(args.model)(torch.tensor([head + ids])).logits[:, len(head) - 1:-1]
+        logprobs = logits.log_softmax(-1).gather(2, responses[..., None]).squeeze(2)
+        cuts["perplexity"] = lambda: perplexity(logprobs, mask)
+    else:
+        print("perplexity: needs --model, whose log-probabilities it uses\n")
+    for name, cut in cuts.items():
+        try:
+            starts = cut()[0].tolist()
+        except (SystemExit, ValueError) as error:
+            print(f"{name}: {error}\n")
+            continue
+        count = sum(starts)
+        print(f"{name}: {count} macro actions, {len(ids) / count:.1f} tokens each" if count else f"{name}: rejected by the parser")
+        print((colored(pieces, starts, sys.stdout.isatty()) if count else text) + "\n")
+
+
+if __name__ == "__main__":
+    main()

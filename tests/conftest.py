@@ -68,7 +68,8 @@ def pairs_file(tmp_path_factory):
 
 SMALL = {"sft": ["--batch_size", "4", "--updates", "2", "--eval_size", "4"],
          "reward": ["--batch_size", "4", "--updates", "2", "--eval_size", "4"],
-         "ppo": ["--batch_size", "4", "--micro_batch_size", "2", "--updates", "2", "--eval_size", "4", "--max_response_length", "12"]}
+         "ppo": ["--batch_size", "4", "--micro_batch_size", "2", "--updates", "2", "--eval_size", "4", "--max_response_length", "12",
+                "--max_prompt_length", "64"]}
 SMALL["ma_ppo"] = SMALL["ppo"]
 
 

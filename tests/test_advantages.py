@@ -140,7 +140,7 @@ def test_compute_advantages_by_brute_force(weighting, reward, condition):
         args = settings(value_weighting=weighting, macro_reward=reward, termination=condition,
                         ngram=rng.choice([1, 2, 3, 5, 7, 40, math.inf]), gamma=rng.uniform(0.9, 1), lam=rng.uniform(0.8, 1))
         rollout = random_rollout(trial, longest=rng.randint(1, 40))
-        starts = ma_ppo.macro_starts(rollout, args, torch.Generator().manual_seed(trial))
+        starts = ma_ppo.macro_starts(rollout, args, generator=torch.Generator().manual_seed(trial))
         advantages, returns, metrics = ma_ppo.compute_advantages(rollout, args, generator=torch.Generator().manual_seed(trial))
         for row in range(len(starts)):
             expected = brute_force(rollout, row, starts, args)
@@ -238,3 +238,25 @@ def test_token_rewards_put_the_score_on_the_last_real_token():
     mask = torch.tensor([[True, True, True], [True, False, False]])
     zeros, scores = torch.full((2, 3), math.nan).masked_fill(mask, 0.0), torch.tensor([3.0, -1.0])
     assert ppo.token_rewards(zeros, zeros, scores, mask, 0.1).tolist() == [[0, 0, 3], [-1, 0, 0]]
+
+
+def test_a_longer_horizon_and_macro_actions():
+    """PPO with lambda' = lambda^(1/n) decays per token as MA-PPO with n does per macro action. With gamma = 1, values that are
+    constant within macro actions and reward on their last tokens alone, both give those last tokens the same advantage:
+    inside a macro action there is no TD error, so PPO's sum has the same terms. On the other tokens they part: PPO decays
+    from the next TD error on, MA-PPO does not. And with any other values or rewards they part everywhere."""
+    n, lam, T = 5, 0.9, 35
+    g = torch.Generator().manual_seed(0)
+    mask = torch.ones(3, T, dtype=torch.bool)
+    last = torch.arange(T) % n == n - 1
+    rollout = {"mask": mask, "scores": torch.zeros(3), "rewards": torch.randn(3, T, generator=g, dtype=torch.float64) * last,
+               "values": torch.randn(3, T // n, generator=g, dtype=torch.float64).repeat_interleave(n, 1)}
+    longer, _, _ = ppo.compute_advantages(rollout, settings(gamma=1.0, lam=lam**(1 / n)))
+    macro, _, _ = ma_ppo.compute_advantages(rollout, settings(gamma=1.0, lam=lam, ngram=n))
+    torch.testing.assert_close(longer[:, last], macro[:, last])
+    for i in range(1, n):  # i tokens before the last one
+        torch.testing.assert_close(longer[:, last.roll(-i)], macro[:, last] * lam**(i / n))
+    rollout["values"] = torch.randn(3, T, generator=g, dtype=torch.float64)
+    longer, _, _ = ppo.compute_advantages(rollout, settings(gamma=1.0, lam=lam**(1 / n)))
+    macro, _, _ = ma_ppo.compute_advantages(rollout, settings(gamma=1.0, lam=lam, ngram=n))
+    assert ((longer - macro)[:, last].abs() > 1e-3).float().mean() > 0.9

@@ -80,8 +80,22 @@ def test_encode(tokenizer):
 
 
 def test_pad():
-    assert sft.pad([[1, 2], [3]], 0).tolist() == [[1, 2], [3, 0]]
-    assert sft.pad([[1, 2], [3]], 0, left=True).tolist() == [[1, 2], [0, 3]]
+    ids, mask = sft.pad([[1, 2], [3]], 0, "cpu")
+    assert ids.tolist() == [[1, 2], [3, 0]] and mask.tolist() == [[True, True], [True, False]]
+    ids, mask = sft.pad([[1, 2], [3]], 0, "cpu", left=True)
+    assert ids.tolist() == [[1, 2], [0, 3]] and mask.tolist() == [[True, True], [False, True]]
+
+
+def test_the_stages_share_no_row_of_a_file_either(tmp_path, tokenizer):
+    """Rows that one stage skips and another does not leave the shares as they are; so do held-out rows."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({**GOOD, "prompt": f"row {i}", "rejected": None if i == 7 else "x"}) for i in range(400)))
+    sets = []
+    for part, columns in enumerate((["prompt", "chosen"], ["prompt", "chosen", "rejected"], ["prompt"])):
+        args = sft.parse_args(sft.Args, argv=["--task", "pairs", "--data_path", str(path)])
+        sets += [{row["prompt"] for row in rows} for rows in sft.load_rows(args, part, columns, tokenizer)]
+    assert sum(map(len, sets)) == len(set.union(*sets)) == 399 or sum(map(len, sets)) == len(set.union(*sets)) == 400
+    assert [len(rows) for rows in sets[::2]] == [76, 152, 152] or sum(map(len, sets)) == 399
 
 
 def rows_of(path, tokenizer, columns=("prompt", "chosen"), *options):
@@ -97,8 +111,6 @@ GOOD = {"prompt": "review of the pool :", "chosen": "the pool was great .", "rej
     (['{"prompt": "a"}'], "lacks the column chosen; it has prompt"),
     (["not json"], "row 0 .* is no JSON object"),
     ([json.dumps(GOOD), "[1]"], "row 1 .* is no JSON object|cannot be read"),
-    (['{"prompt": "", "chosen": "a"}'], "no usable row"),
-    (['{"prompt": 1, "chosen": 2}'], "no usable row"),
     (['{"prompt": [{"role": "user", "content": "hi"}], "chosen": "a"}'], "row 0 .* has no chat template|row 0 .* no chat template"),
 ])
 def test_wrong_files_are_refused_in_words(lines, message, tmp_path, tokenizer):
@@ -109,18 +121,20 @@ def test_wrong_files_are_refused_in_words(lines, message, tmp_path, tokenizer):
 
 
 def test_no_file(tmp_path, tokenizer):
-    with pytest.raises(SystemExit, match="no file at --data_path"):
+    with pytest.raises(SystemExit, match="there is no file"):
         rows_of(tmp_path / "absent.jsonl", tokenizer)
-    with pytest.raises(SystemExit, match="no file at --data_path None"):
+    with pytest.raises(SystemExit, match="there is no file None"):
         sft.load_rows(sft.parse_args(sft.Args, argv=["--task", "pairs"]), 0, ["prompt"], tokenizer)
 
 
 def test_rows_without_text_are_skipped_and_named(tmp_path, tokenizer, capsys):
     path = tmp_path / "rows.jsonl"
+    # row 31 has a number, row 30 nothing
     path.write_text("\n".join(json.dumps(row) for row in [GOOD] * 30 + [{**GOOD, "chosen": None}, {**GOOD, "prompt": 3}] + [GOOD] * 8))
     train, held_out = rows_of(path, tokenizer)
-    assert (len(train), len(held_out)) == (36, 2)
-    assert "2 of 40 rows" in (said := capsys.readouterr().err) and "[30, 31]" in said
+    assert len(train) + len(held_out) == 38
+    said = capsys.readouterr().err
+    assert "2 of 38 rows have no text and are skipped" in said and ("row 30, 31" in said or "row 31, 30" in said)
 
 
 def test_parquet_and_a_file_of_held_out_rows(tmp_path, tokenizer):
@@ -140,10 +154,19 @@ def test_messages_go_through_the_chat_template(tmp_path):
             {"prompt": messages, "chosen": [{"role": "assistant", "content": "was lovely ."}], "rejected": "was cold ."}]
     for row, expected in zip(rows, ("was great . ", "was lovely . ")):
         path = tmp_path / "rows.jsonl"
-        path.write_text(json.dumps(row) + "\n" + json.dumps(row))
+        path.write_text((json.dumps(row) + "\n") * 20)
         train, _ = rows_of(path, tokenizer, ("prompt", "chosen", "rejected"))
         assert train[0]["prompt"] == "<bos> user : the pool <eos>\n<bos> assistant : "
         assert train[0]["chosen"] == expected and train[0]["rejected"] == "was cold . "
+
+
+def test_a_template_whose_prompt_is_no_prefix_is_refused(tmp_path):
+    tokenizer = sft.toy_tokenizer()
+    tokenizer.chat_template = ("{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}<think>{% endif %}")
+    path = tmp_path / "rows.jsonl"
+    path.write_text((json.dumps({"prompt": [{"role": "user", "content": "the pool"}], "chosen": "was great ."}) + "\n") * 20)
+    with pytest.raises(SystemExit, match="does not begin as the prompt alone does"):
+        rows_of(path, tokenizer)
 
 
 def test_prompts_that_are_too_long_are_left_out_and_counted(tmp_path, tokenizer, capsys):

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import ppo
-from conftest import ARCHITECTURES, ROOT
+from conftest import ARCHITECTURES, read_metrics
 
 PROMPTS = ["review of the food and the pool at the hotel by the sea :", "the food was great .", "review :"]
 ANSWERS = ["the food was great . the pool was cold .", "the pool was never dull .", "we found the bed warm and quiet ."]
@@ -18,8 +18,8 @@ def tensors(tokenizer, extra_padding=0, rows=range(3)):
     pairs = [ppo.encode(tokenizer, PROMPTS[i], ANSWERS[i]) for i in rows]
     pad = tokenizer.pad_token_id
     side = torch.full((len(pairs), extra_padding), pad)
-    queries = torch.cat([side, ppo.pad([prompt for prompt, _ in pairs], pad, left=True)], 1)
-    responses = torch.cat([ppo.pad([answer for _, answer in pairs], pad), side], 1)
+    queries = torch.cat([side, ppo.pad([prompt for prompt, _ in pairs], pad, "cpu", left=True)[0]], 1)
+    responses = torch.cat([ppo.pad([answer for _, answer in pairs], pad, "cpu")[0], side], 1)
     return queries, queries != pad, responses, responses != pad
 
 
@@ -115,18 +115,79 @@ def test_rule_rewards(tmp_path, tokenizer):
     (tmp_path / "rules.py").write_text(
         "def words(prompts, responses, rows):\n    return [len(r.split()) + row['bonus'] for r, row in zip(responses, rows)]\n"
         "def short(prompts, responses, rows):\n    return [1.0]\n"
+        "def numpy(prompts, responses, rows):\n    import numpy\n    return numpy.array([1.5, 2], dtype='float32')\n"
+        "def nothing(prompts, responses, rows):\n    return [1, None]\n"
         "def nan(prompts, responses, rows):\n    return [0.5, float('nan')]\n")
     rows = [{"prompt": text, "bonus": i} for i, text in enumerate(PROMPTS[:2])]
     responses = [ppo.encode(tokenizer, "", text)[1] for text in ANSWERS[:2]]
-    score = lambda name: ppo.rule_reward(f"{tmp_path}/rules.py:{name}", tokenizer, "cpu")(rows, responses)
-    assert score("words").tolist() == [10, 7]
-    with pytest.raises(SystemExit, match="only 1 scores for 2 responses .*'the pool was never dull .'"):
+    score = lambda name: ppo.rule_reward(ppo.load_function(f"{tmp_path}/rules.py:{name}"), tokenizer, "cpu")(rows, responses)
+    assert score("words").tolist() == [10, 7] and score("numpy").tolist() == [1.5, 2.0]
+    with pytest.raises(SystemExit, match="gave 1 scores for 2 responses"):
         score("short")
-    with pytest.raises(SystemExit, match="gave nan for the response 'the pool was never dull .'"):
-        score("nan")
+    for name, shown in (("nan", "nan"), ("nothing", "None")):
+        with pytest.raises(SystemExit, match=f"gave {shown} for the response 'the pool was never dull .'"):
+            score(name)
     for wrong in ("absent.py:f", f"{tmp_path}/rules.py:absent"):
-        with pytest.raises(SystemExit, match="is not FILE.py:FUNCTION"):
-            ppo.rule_reward(wrong, tokenizer, "cpu")
+        with pytest.raises(SystemExit, match="must be FILE.py:FUNCTION"):
+            ppo.load_function(wrong)
+
+
+def test_an_update_makes_good_tokens_likelier_and_values_better(tiny_models, tokenizer, alone):
+    """The signs of it all: after an update, tokens with a positive advantage are likelier, those with a negative one are
+    not, and values are nearer to the returns."""
+    args, device = alone
+    policy = ppo.shard(transformers.AutoModelForCausalLM.from_pretrained(tiny_models["llama"][0]), args, device)
+    critic = ppo.shard(ppo.Critic(transformers.AutoModelForSequenceClassification.from_pretrained(tiny_models["llama"][1])), args, device)
+    batch = tensors(tokenizer)
+    with torch.no_grad():
+        logprobs, values = ppo.response_logprobs(policy, *batch, 0.8)[0], ppo.response_values(critic, *batch)
+    advantages = torch.ones_like(values)
+    advantages[1] = -1
+    rollout = dict(zip(("queries", "query_mask", "responses", "mask"), batch)) | {
+        "logprobs": logprobs, "values": values, "advantages": advantages, "returns": values + 1}
+    optimizers = [torch.optim.AdamW(model.parameters(), 1e-3) for model in (policy, critic)]
+    metrics = ppo.update_models(policy, critic, optimizers, rollout, args, device)
+    with torch.no_grad():
+        change = (ppo.response_logprobs(policy, *batch, 0.8)[0] - logprobs) * batch[3]
+        closer = ((ppo.response_values(critic, *batch) - values) * batch[3]).sum()
+    assert change[0].sum() > 0 and change[2].sum() > 0 and change[1].sum() < 0 and closer > 0
+    assert metrics["val/ratio_dev"] < 1e-5 and metrics["value/loss"] == pytest.approx(0.5, rel=1e-4)
+    assert ppo.advantage_metrics(rollout, device)["value/explained_var"] == pytest.approx(1, abs=1e-4)
+
+
+def test_the_reference_is_the_policy_in_bf16_too(tiny_models, tokenizer, tmp_path, monkeypatch):
+    """At update 0 policy and reference are the same model, whatever the precision and the length: the KL is 0."""
+    monkeypatch.chdir(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_models["llama"][0])
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 8  # sharp attention, so that positions matter
+    model.save_pretrained("policy")
+    tokenizer.save_pretrained("policy")
+    ppo.main(["--policy", "policy", "--reward", tiny_models["llama"][1], "--dtype", "bf16", "--updates", "1", "--batch_size", "2",
+              "--eval_size", "2", "--max_response_length", "300", "--output_dir", "out"])
+    first = read_metrics("out")[0]
+    assert first["eval/length"] > 100 and abs(first["eval/kl"]) < 1e-3
+
+
+def test_the_pad_token_is_never_sampled(tokenizer):
+    class Constant(torch.nn.Module):
+        def forward(self, input_ids, **_):
+            logits = torch.zeros(len(input_ids), 1, len(tokenizer))
+            logits[..., tokenizer.pad_token_id] = 99
+            return SimpleNamespace(logits=logits, past_key_values=None)
+    settings = SimpleNamespace(max_response_length=50, temperature=1.0, top_k=0, top_p=1.0)
+    queries = torch.full((8, 2), 5)
+    responses, mask = ppo.generate(Constant(), queries, queries > 0, settings, tokenizer, torch.Generator().manual_seed(0))
+    assert not (responses[mask] == tokenizer.pad_token_id).any()
+
+
+def test_schedules():
+    import sft
+    linear = [ppo.linear_schedule(update, 10, 4) for update in range(10)]
+    assert linear == pytest.approx([0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    cosine = [sft.cosine_schedule(update, 20, 0.1) for update in range(20)]
+    assert cosine[:3] == [0.5, 1, 1] and cosine[11] == pytest.approx(0.5) and 0 < cosine[19] < 0.01
+    assert cosine[2:] == sorted(cosine[2:], reverse=True) and sft.cosine_schedule(0, 1, 0.0) == 1
 
 
 @pytest.mark.parametrize("chunk", [3, 256])

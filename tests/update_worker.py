@@ -11,9 +11,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import ma_ppo
 
-policy_folder, reward_folder, micro_batch_size, target = sys.argv[1:]
+policy_folder, reward_folder, micro_batch_size, replicate, target = sys.argv[1:]
 args = ma_ppo.parse_args(ma_ppo.Args, ma_ppo.AdvantageArgs, argv=[
-    "--micro_batch_size", micro_batch_size, "--batch_size", "8", "--output_dir", target + "_run", "--whiten_advantages", "true"])
+    "--micro_batch_size", micro_batch_size, "--batch_size", "8", "--replicate", replicate])
 device, rank, world = ma_ppo.start(args)
 tokenizer = ma_ppo.load_tokenizer(policy_folder)
 policy = ma_ppo.shard(transformers.AutoModelForCausalLM.from_pretrained(policy_folder), args, device)
