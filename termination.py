@@ -24,7 +24,9 @@ import select
 import shutil
 import subprocess
 import sys
+import time
 import tokenize
+import warnings
 
 import torch
 
@@ -106,23 +108,20 @@ def macro_ids(starts):
 def token_starts(ids, tokenizer):
     """-> the text of the token ids (special tokens left out), and for each token the character at which its text begins.
 
-    A token begins where decoding with it first differs from decoding without it. Bytes of one character that are split
-    over tokens all begin at that character; a special token begins where the next token does. Only the last eight tokens
-    are decoded anew, which holds for tokenizers whose decoding is local; where the result is not the whole text, all are.
+    A token begins where the decoded tokens before it cease to agree with the text. Bytes of one character that are split
+    over tokens so all begin at that character; a special token begins where the next token does. Tokens are decoded from
+    some eight behind the last place of agreement, since the first of a decoded list may lose its space.
     """
-    decode = lambda lists: tokenizer.batch_decode(lists, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    text = decode([ids])[0]
-    for window in (8, len(ids)):
-        before = decode([ids[max(0, k - window):k] for k in range(len(ids))])
-        after = decode([ids[max(0, k - window):k + 1] for k in range(len(ids))])
-        length, starts = 0, []
-        for old, new in zip(before, after):
-            starts.append(length - len(old) + len(os.path.commonprefix([old, new])))
-            length += len(new) - len(old)
-        if length == len(text):
-            break
-    for k in reversed(range(len(ids) - 1)):
-        starts[k] = min(starts[k], starts[k + 1])
+    decode = lambda part: tokenizer.batch_decode([part], skip_special_tokens=True, clean_up_tokenization_spaces=False)[0]
+    text, starts = decode(ids), []
+    behind = anchor = base = 0  # the tokens before `anchor` are the text before character `base`
+    head = ""  # the text of ids[behind:anchor]
+    for k in range(len(ids)):
+        piece = decode(ids[behind:k])[len(head):]
+        agreed = len(os.path.commonprefix([piece, text[base:base + len(piece)]]))
+        starts.append(max(base + agreed, starts[-1] if starts else 0))
+        if agreed == len(piece) and k >= anchor + 8:
+            behind, anchor, base, head = anchor, k, base + agreed, decode(ids[anchor:k])
     return text, starts
 
 
@@ -135,22 +134,17 @@ def parse_starts(trees, words_of_tokens, cutoff):
     """
     tokens = collections.Counter(words_of_tokens)
     starts, word = [], 0
-
-    def walk(node, head):
-        nonlocal word
-        size = len(leaves(node))
-        if size == 0:
-            return
-        if size == 1 or sum(tokens[i] for i in range(word, word + size)) < cutoff:
-            if size > 1 or word == head:
-                starts.append(word)
-            word += size
-        else:
-            for child in node:
-                walk(child, head)
-
     for tree in trees:
-        walk(tree, word)
+        head, stack = word, [tree]  # a stack, since programs nest deeper than Python may recurse
+        while stack:
+            node = stack.pop()
+            size = len(leaves(node))
+            if size == 1 or sum(tokens[i] for i in range(word, word + size)) < cutoff:
+                if size > 1 or size == 1 and word == head:
+                    starts.append(word)
+                word += size
+            else:
+                stack.extend(reversed(node))
     return starts
 
 
@@ -160,7 +154,14 @@ def leaves(tree):
     >>> leaves([[(0, 3), (4, 8)], (9, 12)])
     [(0, 3), (4, 8), (9, 12)]
     """
-    return [tree] if isinstance(tree, tuple) else [leaf for child in tree for leaf in leaves(child)]
+    spans, stack = [], [tree]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, tuple):
+            spans.append(node)
+        else:
+            stack.extend(reversed(node))
+    return spans
 
 
 def parsing(responses, mask, tokenizer, parse, cutoff=5):
@@ -220,12 +221,16 @@ def python_parser():
     layout = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
     def parse(text):
+        if re.search("[\r\f](?!\n)", text):
+            return None  # ast counts lines at these, tokenize does not
         try:
-            module = ast.parse(text)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what a model's code looks like
+                module = ast.parse(text)
             tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type not in layout]
         except (SyntaxError, ValueError, tokenize.TokenError, RecursionError, MemoryError):
             return None
-        lines = text.splitlines(keepends=True)
+        lines = io.StringIO(text).readlines()
         offsets = [0, *itertools.accumulate(map(len, lines))]
         spans = [(offsets[t.start[0] - 1] + t.start[1], offsets[t.end[0] - 1] + t.end[1]) for t in tokens]
         character = lambda line, byte: offsets[line - 1] + len(lines[line - 1].encode()[:byte].decode(errors="ignore"))
@@ -268,12 +273,12 @@ def link_grammar_parser(timeout=5.0):
         nonlocal process
         if process is None or process.poll() is not None:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        answer = b""
+        answer, deadline = b"", time.monotonic() + timeout
         try:
             process.stdin.write(sentence.encode() + b"\n!width=16000\n")
             process.stdin.flush()
             while not answer.endswith(command_done):
-                if not select.select([process.stdout], [], [], timeout)[0]:
+                if not select.select([process.stdout], [], [], max(0, deadline - time.monotonic()))[0]:
                     raise TimeoutError
                 chunk = os.read(process.stdout.fileno(), 65536)
                 if not chunk:

@@ -1,7 +1,10 @@
 """Parsing: token positions against the bytes of a byte-level tokenizer, every rule on hand-made trees, the walk against
 brute force, and the parsers."""
+import json
+import os
 import random
 import shutil
+import time
 
 import pytest
 import torch
@@ -174,22 +177,42 @@ def byte_level():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
 
 
-def test_token_positions_are_those_of_their_bytes(byte_level):
-    rng = random.Random(1)
+@pytest.fixture(scope="module")
+def byte_fallback():
+    """A tokenizer like Gemma's: spaces as a letter of their own, what the vocabulary lacks byte by byte."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<eos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer.train_from_iterator(["the food was great,  the naïve a\n\n"], trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special[:2], initial_alphabet=["\t"]))
+    spec = json.loads(tokenizer.to_str())
+    words = [word for word in spec["model"]["vocab"] if word not in special]
+    spec["model"]["vocab"] = {word: i for i, word in enumerate(special + words)}
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_token_positions_are_those_of_their_bytes(kind, request):
+    rng, tokenizer = random.Random(1), request.getfixturevalue(kind)
     alphabet = ["the ", "food", " ", "\n", "  ", "é", "世", "🙂", "a", ".", "<eos>", "ï", "\t"]
     for _ in range(200):
         text = "".join(rng.choice(alphabet) for _ in range(rng.randint(1, 40)))
-        ids = byte_level(text)["input_ids"]
-        plain, starts = termination.token_starts(ids, byte_level)
+        ids = tokenizer(text)["input_ids"]
+        plain, starts = termination.token_starts(ids, tokenizer)
         assert plain == text.replace("<eos>", "")
         data, owner = plain.encode(), []
         for number, character in enumerate(plain):
             owner += [number] * len(character.encode())
         owner.append(len(plain))
         at, expected = 0, []
-        for piece in byte_level.convert_ids_to_tokens(ids):
+        for piece in tokenizer.convert_ids_to_tokens(ids):
             expected.append(owner[at])
-            at += 0 if piece == "<eos>" else len(piece)  # one letter of the byte-level alphabet is one byte
+            if kind == "byte_fallback" and not piece.startswith("<0x"):
+                piece = piece if piece == "<eos>" else piece.replace("▁", " ").encode()
+            at += 0 if piece == "<eos>" else 1 if str(piece).startswith("<0x") else len(piece)  # byte level: a letter a byte
         assert at == len(data) and starts == expected
 
 
@@ -222,6 +245,19 @@ def test_the_python_parser():
         assert parse(wrong) is None
     assert parse("") == [] and parse("# only\n") == [(0, 6)]
     assert len(termination.leaves(parse("x = " + "+".join("a" * 150)))) == 301
+    for text in ("a = 1\rb = 2", "a = 1\fb = 2"):  # ends of lines to ast, and not to tokenize
+        assert parse(text) is None
+    odd = 'a = "\u2028"\r\nb = a\r\n'  # ends of lines to neither, and to both
+    assert [odd[a:b] for a, b in termination.leaves(parse(odd))] == ["a", "=", '"\u2028"', "b", "=", "a"]
+
+
+def test_deep_programs():
+    """A sum of many terms is a tree as deep, deeper than Python may recurse."""
+    text = "x = " + " + ".join("a" * 900)
+    trees = termination.python_parser()(text)
+    words = termination.leaves(trees)
+    assert len(words) == 1801
+    assert termination.parse_starts(trees, range(len(words)), 5)[:2] == [0, 2]
 
 
 @pytest.mark.skipif(not shutil.which("link-parser"), reason="needs Debian's package link-grammar")
@@ -242,6 +278,17 @@ def test_the_link_grammar_parser():
 @pytest.mark.skipif(not shutil.which("link-parser"), reason="needs Debian's package link-grammar")
 def test_a_parser_that_hangs_is_given_up():
     assert termination.link_grammar_parser(timeout=0.0)("the food was great .") is None
+
+
+def test_a_parser_that_never_ends_its_answer_is_given_up(tmp_path, monkeypatch):
+    """A program that goes on printing is stopped at the time limit, and the next text gets a new process."""
+    program = tmp_path / "link-parser"
+    program.write_text("#!/bin/sh\nwhile true; do echo still thinking; sleep 0.05; done\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    parse, began = termination.link_grammar_parser(timeout=0.4), time.monotonic()
+    assert parse("the food was great .") is None and parse("the pool was cold .") is None
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.skipif(not shutil.which("link-parser"), reason="needs Debian's package link-grammar")
