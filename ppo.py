@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -41,8 +42,8 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 # Copied from sft.py
 # ---- options ----
 STAGE = Path(__file__).stem
-
-
+Task = Literal["toy", "pairs", "tldr", "hh", "webgpt", "apps"]
+Preset = Optional[Literal["gemma-2b", "gemma-7b", "gemma-2-27b", "codegemma-2b", "codegemma-7b"]]
 POSITIVE = ("cutoff batch_size micro_batch_size epochs updates eval_size max_length max_prompt_length max_response_length "
             "replicate ppo_epochs ngram").split()
 SHARES = "warmup_ratio gamma lam top_p".split()
@@ -52,12 +53,24 @@ def arg(default, text):
     return field(default=default, metadata={"help": text.replace("%", "%%")})
 
 
-def parse_args(*groups, argv=None):
-    """One namespace with the fields of the dataclasses `groups`; exits with a sentence on an option that is wrong."""
+def parse_args(*groups, argv=None, presets=None):
+    """One namespace with the fields of the dataclasses `groups`; exits with a sentence on an option that is wrong.
+
+    presets(task) -> {preset: {option: value}}, the stage's part of Table 5 and what else the paper sets for the task;
+    options given by name win over it.
+    """
     class Layout(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
     parser = HfArgumentParser(groups, description=__doc__, formatter_class=Layout)
+    given = parser.parse_known_args(argv)[0]
+    if given.preset and given.task not in (("apps",) if "code" in given.preset else ("tldr", "hh", "webgpt")) + ("pairs",):
+        parser.error(f"the paper did not run {given.preset} on --task {given.task}: CodeGemma is for apps, Gemma for tldr, hh and "
+                     "webgpt (and either for pairs, your own data)")
+    if given.preset and given.preset not in presets(given.task):
+        parser.error(f"Table 5 has no {given.preset} in this stage; it has {', '.join(presets(given.task))}")
+    defaults = presets(given.task)[given.preset] if given.preset else {"ngram": 10} if given.task == "apps" else {}
+    parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(given, name)})  # ppo.py has no ngram
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown option {unknown[0]}; --help lists the options")
@@ -74,19 +87,30 @@ def parse_args(*groups, argv=None):
         parser.error(f"--batch_size {args.batch_size} must be divisible by the {world} processes, and these by --replicate "
                      f"{args.replicate}")
     args.output_dir = args.output_dir or f"runs/{args.task}/{STAGE}"
+    if args.print_args:
+        print(json.dumps(vars(args), indent=2))
+        sys.exit()
     return args
 # ---- end of options ----
 
 
 @dataclass
 class Args:
-    task: Literal["toy", "pairs"] = arg("toy", "toy: the embedded task; pairs: your own rows from --data_path")
-    data_path: Optional[str] = arg(None, "JSONL or Parquet file with a column prompt (pairs only)")
-    eval_path: Optional[str] = arg(None, "file of held-out rows; 5% of --data_path when not given (pairs only)")
-    all_rows: bool = arg(False, "train on every row, not only on this stage's share (20% SFT, 40% reward, 40% PPO)")
+    task: Task = arg("toy", "toy: the embedded task; pairs: your own rows; the others: the paper's data sets")
+    preset: Preset = arg(None, "set the options to this column of the paper's Table 5; options given by name win")
+    print_args: bool = arg(False, "print the value of every option and end")
+    data_path: Optional[str] = arg(None, "file or folder in JSONL, Parquet or Arrow: pairs with a column prompt, or "
+                                         "a copy of the paper's data set in its own columns, which else comes from the hub")
+    eval_path: Optional[str] = arg(None, "the same for held-out rows; when not given, those that the folder (by the file's "
+                                         "name) or the hub has, else 5% of the rows")
+    all_rows: bool = arg(False, "train on every row, not only on this stage's share (20% SFT, 40% reward, 40% PPO; apps 20, "
+                                "0, 80)")
     policy: Optional[str] = arg(None, "SFT model, start and reference; runs/<task>/sft/final when not given")
     reward: Optional[str] = arg(None, "reward model (folder or hub name), or FILE.py:FUNCTION, f(prompts, responses, rows) "
-                                      "-> list of floats; runs/<task>/reward/final when not given")
+                                      "-> list of floats; runs/<task>/reward/final when not given, on apps "
+                                      "evaluate.py:compiler_reward")
+    sandbox: Literal["bwrap", "none"] = arg("bwrap", "apps: run programs behind bubblewrap; none: at your own risk, with limits "
+                                                     "on time, memory, processes and file sizes alone")
     critic: Optional[str] = arg(None, "model the critic starts from; the reward model when not given, or the policy with a "
                                       "new head where the reward is a function")
     output_dir: Optional[str] = arg(None, "folder for everything this run leaves; runs/<task>/<stage> when not given")
@@ -114,6 +138,23 @@ class Args:
     eval_size: int = arg(64, "held-out prompts per evaluation")
     dtype: Literal["fp32", "bf16"] = arg("fp32", "forward and backward precision; trained weights and reductions stay fp32")
     replicate: int = arg(1, "HSDP: number of full copies of the weights, e.g. the number of machines")
+
+
+def presets(task):
+    """This stage's rows of Table 5, and n = 5 (10 for programs), the paper's macro actions."""
+    epochs = 4 if task == "webgpt" else 1
+    table = {  # learning rates of policy and critic, passes over the prompts, KL coefficient, warm-up, and what fits a GPU of 80 GB
+        "gemma-2b": (1.5e-5, 1.5e-5, epochs, 0.05, 6, 4),  # the paper's 200 warm-up steps are micro-steps, 32 to an update
+        "gemma-7b": (1e-6, 1e-6, epochs, {"webgpt": 0.1, "tldr": 0.01}.get(task, 0.05), 6, 2),
+        "gemma-2-27b": (7e-7, 1e-6, 1, 0.1, 0, 1),
+        "codegemma-2b": (5e-7, 5e-5, 1, 0.05, 20, 4),
+        "codegemma-7b": (5e-7, 5e-5, 1, 0.05, 20, 2)}
+    names = ("policy_lr", "critic_lr", "epochs", "kl_coef", "warmup_steps", "micro_batch_size")
+    text = {"batch_size": 256, "max_prompt_length": 512, "temperature": 0.8, "top_k": 50, "ngram": 5}
+    code = {"batch_size": 16, "max_prompt_length": 600, "temperature": 1.0, "top_k": 5, "ngram": 10}
+    common = {"ppo_epochs": 1, "clip_ratio": 0.2, "clip_value": 0.2, "lam": 0.95, "gamma": 1.0, "max_response_length": 512,
+              "top_p": 1.0, "weight_decay": 0.1, "score_clip": 2.5, "dtype": "bf16"}
+    return {name: {**dict(zip(names, row)), **(code if "code" in name else text), **common} for name, row in table.items()}
 
 
 # Copied from sft.py
@@ -212,25 +253,83 @@ def split_indices(size, shares, part, seed=1234):
     return order[bounds[part]:bounds[part + 1]]
 
 
-def read_file(path, columns):
-    """Rows (dicts) of a JSONL or Parquet file that has `columns`; exits with a sentence where that cannot be."""
-    if not path or not os.path.isfile(path):
-        sys.exit(f"{STAGE}: there is no file {path}; --data_path (and --eval_path) take a JSONL or Parquet file with columns "
-                 f"{', '.join(columns)}")
-    kind = "parquet" if path.endswith(".parquet") else "json"
+def tldr_texts(row, seed):
+    info, kind = row["info"], "post" if row["info"]["post"] else "article"
+    subreddit = f"Subreddit: r/{info['subreddit']}\n" if info["subreddit"] else ""
+    answers = [summary["text"] for summary in row["summaries"]]
+    return {"prompt": info[kind] and f"{kind.upper()}\n{subreddit}{info[kind]}\nTL;DR: ", "chosen": answers[row["choice"]],
+            "rejected": answers[1 - row["choice"]]}
+
+
+def as_they_stand(row, seed):
+    return row
+
+
+def webgpt_texts(row, seed):
+    # the released code's two substitutions: citations such as [1] or (2) with the space before them, then without
+    answers = [" " + re.sub(r"[\(\[].*?[\)\]]", "", re.sub(r" [\(\[].*?[\)\]]", "", row[f"answer_{k}"])) for k in range(2)]
+    best = int(row["score_1"] > row["score_0"])
+    return {"prompt": f" Human: {row['question']['full_text']} Assistant:", "chosen": answers[best], "rejected": answers[1 - best]}
+
+
+def apps_texts(row, seed):
+    tests = json.loads(row["input_output"] or "{}", parse_int=str)  # int() refuses numbers of some thousand digits
+    starter = f"\n{row['starter_code']}" if row["starter_code"] else ""
+    use = "Call-Based" if tests.get("fn_name") else "Standard Input"
+    solutions = json.loads(row["solutions"] or "[]")
+    return {"prompt": f"\nQUESTION:\n{row['question']}{starter}\nUse {use} format\nANSWER:\n",
+            "chosen": random.Random(f"{seed} {row['question']}").choice(solutions) if solutions else None,
+            "input_output": row["input_output"] if tests.get("inputs") else None}
+
+
+PAPER_DATA = {  # task: (data files on the hub, its held-out split, columns, function of a row -> its texts, shares of the stages)
+    "tldr": ("hf://datasets/openai/summarize_from_feedback@refs/convert/parquet/comparisons/{}/*.parquet", "validation",
+             ["info", "summaries", "choice"], tldr_texts, (20, 40, 40)),
+    "hh": ("hf://datasets/Dahoas/full-hh-rlhf@refs/convert/parquet/default/{}/*.parquet", "test",
+           ["prompt", "chosen", "rejected"], as_they_stand, (20, 40, 40)),
+    "webgpt": ("hf://datasets/openai/webgpt_comparisons@refs/convert/parquet/default/{}/*.parquet", None,
+               ["question", "answer_0", "score_0", "answer_1", "score_1"], webgpt_texts, (20, 40, 40)),
+    "apps": ("hf://datasets/codeparrot/apps/{}.jsonl", "test", ["question", "solutions", "input_output", "starter_code"],
+             apps_texts, (20, 0, 80)),
+    "pairs": (None, None, None, as_they_stand, (20, 40, 40))}
+
+
+def data_files(path, held_out_name):
+    """Training files and held-out files at a path, a file or a folder. Held-out are those of a folder whose name, or that
+    of the folder they are in, says so. Exits with a sentence where there is nothing."""
+    if os.path.isfile(path):
+        return [str(path)], []
+    files = [file for file in sorted(Path(path).rglob("*")) if file.suffix in (".jsonl", ".json", ".parquet", ".arrow")
+             and file.name not in ("dataset_info.json", "dataset_dict.json", "state.json")]
+    if not files:
+        sys.exit(f"{STAGE}: there is no file {path}, nor one in JSONL, Parquet or Arrow in a folder of that name")
+    named = re.compile(rf"(^|[^a-z])({held_out_name or 'valid|validation|eval|dev|test'})([^a-z]|$)")
+    held_out = [str(file) for file in files if named.search(str(file.relative_to(path)))]
+    return [str(file) for file in files if str(file) not in held_out], held_out
+
+
+def read(files, columns):
+    """The rows of data files of one kind as a datasets.Dataset that has `columns`; exits with a sentence where that
+    cannot be."""
+    name, kind = files[0], "json"
+    if name.endswith((".parquet", ".arrow")):
+        kind = name.rpartition(".")[2]
     try:
-        rows = datasets.load_dataset(kind, data_files=path, split="train")
+        rows = datasets.load_dataset(kind, data_files=files, split="train")
     except Exception as error:  # datasets wraps whatever its readers raise
-        for number, line in enumerate(open(path, errors="replace") if kind == "json" else ()):
+        if name.startswith("hf:"):
+            sys.exit(f"{STAGE}: cannot read {name.partition('@')[0]} from the hub ({type(error).__name__}: "
+                     f"{str(error).splitlines()[0]}); log in with `hf auth login` where it is gated, or give a local copy as --data_path")
+        for number, line in enumerate(open(name, errors="replace") if kind == "json" else ()):
             try:
                 json.loads(line)
             except ValueError:
-                sys.exit(f"{STAGE}: row {number} of {path} is no JSON object: {line.strip()[:60]}")
+                sys.exit(f"{STAGE}: row {number} of {name} is no JSON object: {line.strip()[:60]}")
         reason = (str(error.__cause__ or error).splitlines() or ["it has no rows"])[0]
-        sys.exit(f"{STAGE}: {path} cannot be read as {kind}: {reason}")
-    if missing := [name for name in columns if name not in rows.column_names]:
-        sys.exit(f"{STAGE}: {path} lacks the column {', '.join(missing)}; it has {', '.join(rows.column_names)}")
-    return rows.to_list()
+        sys.exit(f"{STAGE}: {name} cannot be read as {kind}: {reason}")
+    if missing := [column for column in columns if column not in rows.column_names]:
+        sys.exit(f"{STAGE}: {name} lacks the column {', '.join(missing)}; it has {', '.join(rows.column_names)}")
+    return rows
 
 
 def render(row, columns, tokenizer, name):
@@ -256,24 +355,41 @@ def render(row, columns, tokenizer, name):
 
 
 def load_rows(args, part, columns, tokenizer):
-    """-> training rows of stage number `part` (0 SFT, 1 reward, 2 PPO) and held-out rows, lists of dicts with the text
-    fields `columns`. Rows are shared out before any is skipped, so that no two stages see the same one."""
+    """-> training rows of stage number `part` (0 SFT, 1 reward, 2 PPO) and held-out rows, lists of dicts with the texts
+    `columns`. Rows are shared out before any is skipped, so that no two stages see the same one."""
+    texts, shares = as_they_stand, (20, 40, 40)
     if args.task == "toy":
-        sets, names = [toy_rows("train"), toy_rows("eval")], ["train", "eval"]
+        names, sets = ["train", "eval"], [datasets.Dataset.from_list(toy_rows(name)) for name in ("train", "eval")]
     else:
-        sets, names = [read_file(args.data_path, columns)], [args.data_path, args.eval_path or args.data_path]
+        hub, held_out_name, needs, texts, shares = PAPER_DATA[args.task]
+        if args.data_path:
+            files = data_files(args.data_path, held_out_name)
+        elif hub:
+            files = [hub.format("train")], [hub.format(held_out_name)] if held_out_name else []
+        else:
+            sys.exit(f"{STAGE}: --task {args.task} needs --data_path, a file or folder with columns {', '.join(columns)}")
         if args.eval_path:
-            sets.append(read_file(args.eval_path, columns))
-    sets = [[(i, row) for i, row in enumerate(rows)] for rows in sets]
+            files = files[0], sum(data_files(args.eval_path, held_out_name), [])
+        if not files[0]:
+            sys.exit(f"{STAGE}: {args.data_path} has held-out rows alone; name the file to train on")
+        names, sets = [group[0] for group in files if group], [read(group, needs or columns) for group in files if group]
+    indices = [np.arange(len(rows)) for rows in sets]
     if len(sets) == 1:
-        sets = [[sets[0][i] for i in split_indices(len(sets[0]), (95, 5), k)] for k in range(2)]
-    if not args.all_rows:
-        sets = [[rows[i] for i in split_indices(len(rows), (20, 40, 40), part)] for rows in sets]
-    for k, (rows, name) in enumerate(zip(sets, names)):
-        rendered = [render(row, columns, tokenizer, f"row {i} of {name}") for i, row in rows]
-        if skipped := [i for (i, _), row in zip(rows, rendered) if row is None]:
-            say(f"{len(skipped)} of {len(rows)} rows have no text and are skipped, in {name} row {str(skipped[:10])[1:-1]}")
-        sets[k] = [row for row in rendered if row is not None]
+        names, sets, indices = names * 2, sets * 2, [split_indices(len(sets[0]), (95, 5), k) for k in range(2)]
+    for k, (rows, order, name) in enumerate(zip(sets, indices, names)):
+        if not args.all_rows and (k == 0 or len(order) > 9):  # fewer held-out rows than that are shared by the stages
+            order = order[split_indices(len(order), shares, part)]
+        sets[k], skipped = [], []
+        for i, row in zip(order.tolist(), rows.select(order)):
+            try:
+                row = row | texts(row, args.seed)
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+                sys.exit(f"{STAGE}: row {i} of {name} is not as --task {args.task} has them: {error!r}")
+            row = render(row, columns, tokenizer, f"row {i} of {name}")
+            (skipped if row is None else sets[k]).append(i if row is None else row)
+        if skipped:
+            say(f"{len(skipped)} of {len(order)} rows have no text as {' or '.join(columns)} and are skipped, in {name} row "
+                f"{str(sorted(skipped)[:10])[1:-1]}")
     return sets
 
 
@@ -347,7 +463,7 @@ def earlier_stage(args, stage, folder):
     script = Path(__file__).with_name(f"{stage}.py")
     if not folder.exists() and args.task != "toy":
         data = f" --data_path {args.data_path}" if args.data_path else ""
-        model = " --model NAME_OR_FOLDER" if stage == "sft" else ""
+        model = f" --preset {args.preset}" if args.preset else " --model NAME_OR_FOLDER" if stage == "sft" else ""
         sys.exit(f"{STAGE}: {folder} does not exist; run: torchrun {script.name} --task {args.task}{data}{model}")
     if not folder.exists() and os.environ.get("RANK", "0") == "0":
         say(f"{folder} does not exist, so {script.name} runs first")
@@ -803,7 +919,7 @@ def linear_schedule(update, updates, warmup_steps):
 def load_prompts(args, tokenizer):
     """-> training rows and held-out rows of this stage, each with its prompt's token `ids`; long prompts are left out."""
     parts = []
-    for rows in load_rows(args, 2, ["prompt"], tokenizer):
+    for rows in load_rows(args, 2, ["prompt", "input_output"] if args.task == "apps" else ["prompt"], tokenizer):
         rows = [row | {"ids": encode(tokenizer, row["prompt"])[0]} for row in rows]
         parts.append([row for row in rows if len(row["ids"]) <= args.max_prompt_length])
         if len(parts[-1]) < len(rows):
@@ -850,7 +966,11 @@ def show(rows, before, after, args):
 
 
 def main(argv=None):
-    args = parse_args(Args, AdvantageArgs, argv=argv)
+    args = parse_args(Args, AdvantageArgs, argv=argv, presets=presets)
+    if args.task == "apps" and not args.reward:
+        os.environ["MA_RLHF_SANDBOX"] = args.sandbox
+        args.reward = str(Path(__file__).with_name("evaluate.py")) + ":compiler_reward"
+        load_function(args.reward)([], [], [])  # so that a sandbox that does not work is found now, before models are loaded
     function = load_function(args.reward) if ".py:" in (args.reward or "") else None
     policy_name = earlier_stage(args, "sft", args.policy)
     reward_name = None if function else earlier_stage(args, "reward", args.reward)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -33,8 +34,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 # ---- options ----
 STAGE = Path(__file__).stem
-
-
+Task = Literal["toy", "pairs", "tldr", "hh", "webgpt", "apps"]
+Preset = Optional[Literal["gemma-2b", "gemma-7b", "gemma-2-27b", "codegemma-2b", "codegemma-7b"]]
 POSITIVE = ("cutoff batch_size micro_batch_size epochs updates eval_size max_length max_prompt_length max_response_length "
             "replicate ppo_epochs ngram").split()
 SHARES = "warmup_ratio gamma lam top_p".split()
@@ -44,12 +45,24 @@ def arg(default, text):
     return field(default=default, metadata={"help": text.replace("%", "%%")})
 
 
-def parse_args(*groups, argv=None):
-    """One namespace with the fields of the dataclasses `groups`; exits with a sentence on an option that is wrong."""
+def parse_args(*groups, argv=None, presets=None):
+    """One namespace with the fields of the dataclasses `groups`; exits with a sentence on an option that is wrong.
+
+    presets(task) -> {preset: {option: value}}, the stage's part of Table 5 and what else the paper sets for the task;
+    options given by name win over it.
+    """
     class Layout(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
     parser = HfArgumentParser(groups, description=__doc__, formatter_class=Layout)
+    given = parser.parse_known_args(argv)[0]
+    if given.preset and given.task not in (("apps",) if "code" in given.preset else ("tldr", "hh", "webgpt")) + ("pairs",):
+        parser.error(f"the paper did not run {given.preset} on --task {given.task}: CodeGemma is for apps, Gemma for tldr, hh and "
+                     "webgpt (and either for pairs, your own data)")
+    if given.preset and given.preset not in presets(given.task):
+        parser.error(f"Table 5 has no {given.preset} in this stage; it has {', '.join(presets(given.task))}")
+    defaults = presets(given.task)[given.preset] if given.preset else {"ngram": 10} if given.task == "apps" else {}
+    parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(given, name)})  # ppo.py has no ngram
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown option {unknown[0]}; --help lists the options")
@@ -66,16 +79,24 @@ def parse_args(*groups, argv=None):
         parser.error(f"--batch_size {args.batch_size} must be divisible by the {world} processes, and these by --replicate "
                      f"{args.replicate}")
     args.output_dir = args.output_dir or f"runs/{args.task}/{STAGE}"
+    if args.print_args:
+        print(json.dumps(vars(args), indent=2))
+        sys.exit()
     return args
 # ---- end of options ----
 
 
 @dataclass
 class Args:
-    task: Literal["toy", "pairs"] = arg("toy", "toy: the embedded task; pairs: your own rows from --data_path")
-    data_path: Optional[str] = arg(None, "JSONL or Parquet file with columns prompt, chosen (pairs only)")
-    eval_path: Optional[str] = arg(None, "file of held-out rows; 5% of --data_path when not given (pairs only)")
-    all_rows: bool = arg(False, "train on every row, not only on this stage's share (20% SFT, 40% reward, 40% PPO)")
+    task: Task = arg("toy", "toy: the embedded task; pairs: your own rows; the others: the paper's data sets")
+    preset: Preset = arg(None, "set the options to this column of the paper's Table 5; options given by name win")
+    print_args: bool = arg(False, "print the value of every option and end")
+    data_path: Optional[str] = arg(None, "file or folder in JSONL, Parquet or Arrow: pairs with columns prompt and chosen, or "
+                                         "a copy of the paper's data set in its own columns, which else comes from the hub")
+    eval_path: Optional[str] = arg(None, "the same for held-out rows; when not given, those that the folder (by the file's "
+                                         "name) or the hub has, else 5% of the rows")
+    all_rows: bool = arg(False, "train on every row, not only on this stage's share (20% SFT, 40% reward, 40% PPO; apps 20, "
+                                "0, 80)")
     model: Optional[str] = arg(None, "folder or hub name of the model to start from; a small new Llama on the toy task")
     output_dir: Optional[str] = arg(None, "folder for everything this run leaves; runs/<task>/sft when not given")
     seed: int = arg(0, "seed of the weights made here and of the order of the rows")
@@ -91,6 +112,20 @@ class Args:
     eval_size: int = arg(256, "held-out rows per evaluation")
     dtype: Literal["fp32", "bf16"] = arg("fp32", "forward and backward precision; weights and reductions stay fp32")
     replicate: int = arg(1, "HSDP: number of full copies of the weights, e.g. the number of machines")
+
+
+def presets(task):
+    """This stage's rows of Table 5, and the hub's name of each model."""
+    webgpt = task == "webgpt"
+    table = {  # model, batch size, epochs, learning rate, warm-up ratio, and what fits a GPU of 80 GB
+        "gemma-2b": ("google/gemma-2b", 64 if webgpt else 512, 3, 1e-4 if webgpt else 5e-5, 0.1, 4),
+        "gemma-7b": ("google/gemma-7b", 128, 5 if webgpt else 1, 2e-5, 0.1, 2),
+        "gemma-2-27b": ("google/gemma-2-27b", 128, 3, 5e-6, 0.1, 1),
+        "codegemma-2b": ("google/codegemma-2b", 16, 1, 5e-6, 0.0, 4),
+        "codegemma-7b": ("google/codegemma-7b-it", 32, 1, 2e-6, 0.0, 2)}
+    names = ("model", "batch_size", "epochs", "lr", "warmup_ratio", "micro_batch_size")
+    common = {"weight_decay": 0.01, "max_length": 1024, "dtype": "bf16"}
+    return {name: {**dict(zip(names, row)), **common} for name, row in table.items()}
 
 
 # ---- data ----
@@ -188,25 +223,83 @@ def split_indices(size, shares, part, seed=1234):
     return order[bounds[part]:bounds[part + 1]]
 
 
-def read_file(path, columns):
-    """Rows (dicts) of a JSONL or Parquet file that has `columns`; exits with a sentence where that cannot be."""
-    if not path or not os.path.isfile(path):
-        sys.exit(f"{STAGE}: there is no file {path}; --data_path (and --eval_path) take a JSONL or Parquet file with columns "
-                 f"{', '.join(columns)}")
-    kind = "parquet" if path.endswith(".parquet") else "json"
+def tldr_texts(row, seed):
+    info, kind = row["info"], "post" if row["info"]["post"] else "article"
+    subreddit = f"Subreddit: r/{info['subreddit']}\n" if info["subreddit"] else ""
+    answers = [summary["text"] for summary in row["summaries"]]
+    return {"prompt": info[kind] and f"{kind.upper()}\n{subreddit}{info[kind]}\nTL;DR: ", "chosen": answers[row["choice"]],
+            "rejected": answers[1 - row["choice"]]}
+
+
+def as_they_stand(row, seed):
+    return row
+
+
+def webgpt_texts(row, seed):
+    # the released code's two substitutions: citations such as [1] or (2) with the space before them, then without
+    answers = [" " + re.sub(r"[\(\[].*?[\)\]]", "", re.sub(r" [\(\[].*?[\)\]]", "", row[f"answer_{k}"])) for k in range(2)]
+    best = int(row["score_1"] > row["score_0"])
+    return {"prompt": f" Human: {row['question']['full_text']} Assistant:", "chosen": answers[best], "rejected": answers[1 - best]}
+
+
+def apps_texts(row, seed):
+    tests = json.loads(row["input_output"] or "{}", parse_int=str)  # int() refuses numbers of some thousand digits
+    starter = f"\n{row['starter_code']}" if row["starter_code"] else ""
+    use = "Call-Based" if tests.get("fn_name") else "Standard Input"
+    solutions = json.loads(row["solutions"] or "[]")
+    return {"prompt": f"\nQUESTION:\n{row['question']}{starter}\nUse {use} format\nANSWER:\n",
+            "chosen": random.Random(f"{seed} {row['question']}").choice(solutions) if solutions else None,
+            "input_output": row["input_output"] if tests.get("inputs") else None}
+
+
+PAPER_DATA = {  # task: (data files on the hub, its held-out split, columns, function of a row -> its texts, shares of the stages)
+    "tldr": ("hf://datasets/openai/summarize_from_feedback@refs/convert/parquet/comparisons/{}/*.parquet", "validation",
+             ["info", "summaries", "choice"], tldr_texts, (20, 40, 40)),
+    "hh": ("hf://datasets/Dahoas/full-hh-rlhf@refs/convert/parquet/default/{}/*.parquet", "test",
+           ["prompt", "chosen", "rejected"], as_they_stand, (20, 40, 40)),
+    "webgpt": ("hf://datasets/openai/webgpt_comparisons@refs/convert/parquet/default/{}/*.parquet", None,
+               ["question", "answer_0", "score_0", "answer_1", "score_1"], webgpt_texts, (20, 40, 40)),
+    "apps": ("hf://datasets/codeparrot/apps/{}.jsonl", "test", ["question", "solutions", "input_output", "starter_code"],
+             apps_texts, (20, 0, 80)),
+    "pairs": (None, None, None, as_they_stand, (20, 40, 40))}
+
+
+def data_files(path, held_out_name):
+    """Training files and held-out files at a path, a file or a folder. Held-out are those of a folder whose name, or that
+    of the folder they are in, says so. Exits with a sentence where there is nothing."""
+    if os.path.isfile(path):
+        return [str(path)], []
+    files = [file for file in sorted(Path(path).rglob("*")) if file.suffix in (".jsonl", ".json", ".parquet", ".arrow")
+             and file.name not in ("dataset_info.json", "dataset_dict.json", "state.json")]
+    if not files:
+        sys.exit(f"{STAGE}: there is no file {path}, nor one in JSONL, Parquet or Arrow in a folder of that name")
+    named = re.compile(rf"(^|[^a-z])({held_out_name or 'valid|validation|eval|dev|test'})([^a-z]|$)")
+    held_out = [str(file) for file in files if named.search(str(file.relative_to(path)))]
+    return [str(file) for file in files if str(file) not in held_out], held_out
+
+
+def read(files, columns):
+    """The rows of data files of one kind as a datasets.Dataset that has `columns`; exits with a sentence where that
+    cannot be."""
+    name, kind = files[0], "json"
+    if name.endswith((".parquet", ".arrow")):
+        kind = name.rpartition(".")[2]
     try:
-        rows = datasets.load_dataset(kind, data_files=path, split="train")
+        rows = datasets.load_dataset(kind, data_files=files, split="train")
     except Exception as error:  # datasets wraps whatever its readers raise
-        for number, line in enumerate(open(path, errors="replace") if kind == "json" else ()):
+        if name.startswith("hf:"):
+            sys.exit(f"{STAGE}: cannot read {name.partition('@')[0]} from the hub ({type(error).__name__}: "
+                     f"{str(error).splitlines()[0]}); log in with `hf auth login` where it is gated, or give a local copy as --data_path")
+        for number, line in enumerate(open(name, errors="replace") if kind == "json" else ()):
             try:
                 json.loads(line)
             except ValueError:
-                sys.exit(f"{STAGE}: row {number} of {path} is no JSON object: {line.strip()[:60]}")
+                sys.exit(f"{STAGE}: row {number} of {name} is no JSON object: {line.strip()[:60]}")
         reason = (str(error.__cause__ or error).splitlines() or ["it has no rows"])[0]
-        sys.exit(f"{STAGE}: {path} cannot be read as {kind}: {reason}")
-    if missing := [name for name in columns if name not in rows.column_names]:
-        sys.exit(f"{STAGE}: {path} lacks the column {', '.join(missing)}; it has {', '.join(rows.column_names)}")
-    return rows.to_list()
+        sys.exit(f"{STAGE}: {name} cannot be read as {kind}: {reason}")
+    if missing := [column for column in columns if column not in rows.column_names]:
+        sys.exit(f"{STAGE}: {name} lacks the column {', '.join(missing)}; it has {', '.join(rows.column_names)}")
+    return rows
 
 
 def render(row, columns, tokenizer, name):
@@ -232,24 +325,41 @@ def render(row, columns, tokenizer, name):
 
 
 def load_rows(args, part, columns, tokenizer):
-    """-> training rows of stage number `part` (0 SFT, 1 reward, 2 PPO) and held-out rows, lists of dicts with the text
-    fields `columns`. Rows are shared out before any is skipped, so that no two stages see the same one."""
+    """-> training rows of stage number `part` (0 SFT, 1 reward, 2 PPO) and held-out rows, lists of dicts with the texts
+    `columns`. Rows are shared out before any is skipped, so that no two stages see the same one."""
+    texts, shares = as_they_stand, (20, 40, 40)
     if args.task == "toy":
-        sets, names = [toy_rows("train"), toy_rows("eval")], ["train", "eval"]
+        names, sets = ["train", "eval"], [datasets.Dataset.from_list(toy_rows(name)) for name in ("train", "eval")]
     else:
-        sets, names = [read_file(args.data_path, columns)], [args.data_path, args.eval_path or args.data_path]
+        hub, held_out_name, needs, texts, shares = PAPER_DATA[args.task]
+        if args.data_path:
+            files = data_files(args.data_path, held_out_name)
+        elif hub:
+            files = [hub.format("train")], [hub.format(held_out_name)] if held_out_name else []
+        else:
+            sys.exit(f"{STAGE}: --task {args.task} needs --data_path, a file or folder with columns {', '.join(columns)}")
         if args.eval_path:
-            sets.append(read_file(args.eval_path, columns))
-    sets = [[(i, row) for i, row in enumerate(rows)] for rows in sets]
+            files = files[0], sum(data_files(args.eval_path, held_out_name), [])
+        if not files[0]:
+            sys.exit(f"{STAGE}: {args.data_path} has held-out rows alone; name the file to train on")
+        names, sets = [group[0] for group in files if group], [read(group, needs or columns) for group in files if group]
+    indices = [np.arange(len(rows)) for rows in sets]
     if len(sets) == 1:
-        sets = [[sets[0][i] for i in split_indices(len(sets[0]), (95, 5), k)] for k in range(2)]
-    if not args.all_rows:
-        sets = [[rows[i] for i in split_indices(len(rows), (20, 40, 40), part)] for rows in sets]
-    for k, (rows, name) in enumerate(zip(sets, names)):
-        rendered = [render(row, columns, tokenizer, f"row {i} of {name}") for i, row in rows]
-        if skipped := [i for (i, _), row in zip(rows, rendered) if row is None]:
-            say(f"{len(skipped)} of {len(rows)} rows have no text and are skipped, in {name} row {str(skipped[:10])[1:-1]}")
-        sets[k] = [row for row in rendered if row is not None]
+        names, sets, indices = names * 2, sets * 2, [split_indices(len(sets[0]), (95, 5), k) for k in range(2)]
+    for k, (rows, order, name) in enumerate(zip(sets, indices, names)):
+        if not args.all_rows and (k == 0 or len(order) > 9):  # fewer held-out rows than that are shared by the stages
+            order = order[split_indices(len(order), shares, part)]
+        sets[k], skipped = [], []
+        for i, row in zip(order.tolist(), rows.select(order)):
+            try:
+                row = row | texts(row, args.seed)
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+                sys.exit(f"{STAGE}: row {i} of {name} is not as --task {args.task} has them: {error!r}")
+            row = render(row, columns, tokenizer, f"row {i} of {name}")
+            (skipped if row is None else sets[k]).append(i if row is None else row)
+        if skipped:
+            say(f"{len(skipped)} of {len(order)} rows have no text as {' or '.join(columns)} and are skipped, in {name} row "
+                f"{str(sorted(skipped)[:10])[1:-1]}")
     return sets
 
 
@@ -463,7 +573,7 @@ def show_samples(model, tokenizer, rows, args, device):
 
 
 def main(argv=None):
-    args = parse_args(Args, argv=argv)
+    args = parse_args(Args, argv=argv, presets=presets)
     if args.task != "toy" and not args.model:
         sys.exit(f"{STAGE}: --task {args.task} needs --model, the folder or hub name of the model to start from")
     device, rank, world = start(args)
