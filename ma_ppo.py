@@ -356,10 +356,11 @@ def render(row, columns, tokenizer, name):
 
 def load_rows(args, part, columns, tokenizer):
     """-> training rows of stage number `part` (0 SFT, 1 reward, 2 PPO) and held-out rows, lists of dicts with the texts
-    `columns`. Rows are shared out before any is skipped, so that no two stages see the same one."""
+    `columns`. Rows are shared out before any is skipped, so that no two stages see the same one. part None: no training
+    rows, and all held-out rows."""
     texts, shares = as_they_stand, (20, 40, 40)
     if args.task == "toy":
-        names, sets = ["train", "eval"], [datasets.Dataset.from_list(toy_rows(name)) for name in ("train", "eval")]
+        names, sets = ["train", "eval"], [toy_rows("train"), toy_rows("eval")]
     else:
         hub, held_out_name, needs, texts, shares = PAPER_DATA[args.task]
         if args.data_path:
@@ -377,10 +378,13 @@ def load_rows(args, part, columns, tokenizer):
     if len(sets) == 1:
         names, sets, indices = names * 2, sets * 2, [split_indices(len(sets[0]), (95, 5), k) for k in range(2)]
     for k, (rows, order, name) in enumerate(zip(sets, indices, names)):
-        if not args.all_rows and (k == 0 or len(order) > 9):  # fewer held-out rows than that are shared by the stages
+        if part is None:
+            order = order[:k * len(order)]
+        elif not args.all_rows and (k == 0 or len(order) > 9):  # fewer held-out rows than that are shared by the stages
             order = order[split_indices(len(order), shares, part)]
         sets[k], skipped = [], []
-        for i, row in zip(order.tolist(), rows.select(order)):
+        chosen = [rows[i] for i in order] if isinstance(rows, list) else rows.select(order).to_list()
+        for i, row in zip(order.tolist(), chosen):
             try:
                 row = row | texts(row, args.seed)
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -479,7 +483,7 @@ def earlier_stage(args, stage, folder):
 
 
 # Copied from sft.py
-# ---- distribution ----
+# ---- processes ----
 def say(text):
     """Prints on rank 0 alone, without breaking a progress bar."""
     if int(os.environ.get("RANK", 0)) == 0:
@@ -501,6 +505,12 @@ def start(args):
     return device, rank, world
 
 
+def finish():
+    """Every rank waits for the others, then all leave the process group."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def load(auto_class, name, tokenizer, **options):
     """A model from a folder or the hub that fits the tokenizer, and the names of the weights that were not found there.
     From safetensors alone: other formats can run code when they are opened."""
@@ -512,13 +522,11 @@ def load(auto_class, name, tokenizer, **options):
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, report["missing_keys"]
+# ---- end of processes ----
 
 
-def progress(items, rank):
-    """A bar on rank 0; one line a minute where nobody watches."""
-    return tqdm(items, desc=STAGE, unit="update", disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
-
-
+# Copied from sft.py
+# ---- distribution ----
 def shard(model, args, device):
     """FSDP2: every decoder layer is a unit, the root (with embeddings and head, tied or not) the last one. Dropout is
     off, in training too: PPO compares probabilities of the same model at two times."""
@@ -590,13 +598,13 @@ def write(args, name, row):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def finish():
-    """Every rank waits for the others, then all leave the process group."""
-    dist.barrier()
-    dist.destroy_process_group()
+def progress(items, rank):
+    """A bar on rank 0; one line a minute where nobody watches."""
+    return tqdm(items, desc=STAGE, unit="update", disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
 # ---- end of distribution ----
 
 
+# ---- generation ----
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One token for each row of logits (B, V) -> (B,), by the inverse of the cumulative distribution: for a large
     vocabulary much faster than torch.multinomial."""
@@ -636,6 +644,7 @@ def generate(model, queries, query_mask, args, tokenizer, generator):
         inputs, positions = responses[-1][:, None], positions[:, -1:] + 1
         attention = torch.cat([attention, mask[-1][:, None]], 1)
     return torch.stack(responses, 1), torch.stack(mask, 1)
+# ---- end of generation ----
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -688,6 +697,7 @@ def response_values(critic, queries, query_mask, responses, mask):
     return critic(**model_inputs(queries, query_mask, responses, mask))[:, -responses.shape[1]:]
 
 
+# ---- functions by name ----
 def load_function(spec):
     """The function that FILE.py:FUNCTION names; exits with a sentence where there is none."""
     path, _, name = spec.rpartition(":")
@@ -699,6 +709,7 @@ def load_function(spec):
     if not callable(getattr(module, name, None)):
         sys.exit(f"{STAGE}: --reward {spec} must be FILE.py:FUNCTION, and {path} has no function {name}")
     return getattr(module, name)
+# ---- end of functions by name ----
 
 
 def rule_reward(function, tokenizer, device):

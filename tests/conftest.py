@@ -75,7 +75,7 @@ SMALL["ma_ppo"] = SMALL["ppo"]
 
 def run(command, cwd, processes=0, timeout=300):
     """Runs a script of the project as a person would, with torchrun on `processes` processes -> the finished process."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", "--"]
     script, *options = command
     return subprocess.run([*(launcher if processes else [sys.executable]), str(ROOT / script), *map(str, options)], cwd=cwd,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout)

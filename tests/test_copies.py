@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [name for name in ("sft.py", "reward.py", "ppo.py", "ma_ppo.py", "evaluate.py") if (ROOT / name).exists()]
-COPY = re.compile(r"# Copied from (\w+\.py)\n(# ---- (.+?) ----\n.*?\n# ---- end of \3 ----\n)", re.S)
+COPY = re.compile(r"# Copied from (\w+\.py)\n(# ---- (.+?) ----\n.*?# ---- end of \3 ----\n)", re.S)
 
 
 def block(script, name):
