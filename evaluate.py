@@ -593,7 +593,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     total = cumulative[:, -1:]
     draw = torch.rand(total.shape, generator=generator, device=total.device) * total
     draw = torch.minimum(draw, total.nextafter(torch.zeros_like(total)))  # a draw of `total` would fall behind the last
-    choice = torch.searchsorted(cumulative, draw, right=True)
+    choice = torch.searchsorted(cumulative, draw, right=True).clamp(max=cumulative.shape[1] - 1)  # NaN goes beyond the end
     return (choice if tokens is None else tokens.gather(1, choice)).squeeze(1)
 
 
@@ -760,8 +760,9 @@ def generate_command(args):
     done = set()
     if rank == 0 and Path(args.output).exists():
         done = {(row["temperature"], row["sample"], row["prompt"]) for row in read_rows(args.output, "temperature", "sample", "prompt", torn=True)}
-        if stale := done - {name(*item) for item in items}:
-            sys.exit(f"{STAGE}: {args.output} has {len(stale)} answers that these options do not ask for; name another --output")
+        others = {row["policy"] for row in read_rows(args.output, "policy")} - {args.policy}
+        if others or done - {name(*item) for item in items}:
+            sys.exit(f"{STAGE}: {args.output} has answers of {others.pop() if others else 'other options'}; name another --output")
     shared = [done]
     dist.broadcast_object_list(shared)
     # an unfinished batch is sampled anew, whole: its random numbers depend on its place alone, not on who does it when
@@ -781,7 +782,7 @@ def generate_command(args):
                 kept = {k: row[k] for k in ("chosen", "rejected", "problem_id", "difficulty", "input_output") if row.get(k) is not None}
                 if isinstance(row.get("info"), dict):
                     kept["stratum"] = row["info"]["subreddit"]  # for judging some of every subreddit
-                answers.append({"task": args.task, "prompt": row["prompt"], "response": text, "tokens": len(ids), "sample": item[1],
+                answers.append({"task": args.task, "policy": args.policy, "prompt": row["prompt"], "response": text, "tokens": len(ids), "sample": item[1],
                                 "ended": ids[-1] == tokenizer.eos_token_id, "temperature": item[0], **kept})
         gathered = [None] * world
         dist.all_gather_object(gathered, answers)

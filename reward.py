@@ -8,12 +8,15 @@ The model is AutoModelForSequenceClassification with one label: it reads the sco
 Leaves runs/<task>/reward/: final/ (Hugging Face format), metrics.jsonl, samples.jsonl, args.json.
 """
 import argparse
+import fcntl
+import hashlib
 import json
 import math
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,9 +29,10 @@ import datasets
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
@@ -40,12 +44,12 @@ STAGE = Path(__file__).stem
 Task = Literal["toy", "pairs", "tldr", "hh", "webgpt", "apps"]
 Preset = Optional[Literal["gemma-2b", "gemma-7b", "gemma-2-27b", "codegemma-2b", "codegemma-7b"]]
 POSITIVE = ("cutoff batch_size micro_batch_size epochs updates eval_size max_length max_prompt_length max_response_length "
-            "replicate ppo_epochs ngram").split()
+            "replicate ppo_epochs ngram keep max_bad_updates").split()
 SHARES = "warmup_ratio gamma lam top_p".split()
 
 
-def arg(default, text):
-    return field(default=default, metadata={"help": text.replace("%", "%%")})
+def arg(default, text, **more):
+    return field(default=default, metadata={"help": text.replace("%", "%%"), **more})
 
 
 def parse_args(*groups, argv=None, presets=None):
@@ -115,6 +119,12 @@ class Args:
     eval_size: int = arg(256, "held-out pairs per evaluation")
     dtype: Literal["fp32", "bf16"] = arg("fp32", "forward and backward precision; weights and reductions stay fp32")
     replicate: int = arg(1, "HSDP: number of full copies of the weights, e.g. the number of machines")
+    save_every: int = arg(0, "updates between checkpoints to resume from; 0: one when a signal or a limit stops the run")
+    keep: int = arg(2, "checkpoints that stay, the newest ones")
+    resume: Optional[str] = arg(None, "go on from the newest complete checkpoint of the output folder, or from the one named",
+                                nargs="?", const="newest")
+    max_hours: Optional[float] = arg(None, "save a checkpoint and end after so many hours")
+    max_bad_updates: int = arg(5, "updates in a row that may be skipped because a loss or gradient is not finite")
 
 
 def presets(task):
@@ -528,38 +538,206 @@ def save(model, tokenizer, folder):
     if dist.get_rank() == 0:
         prefix, inner = next((n, m) for n, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel))
         weights = {name.removeprefix(prefix + "."): weight for name, weight in weights.items()}
-        partial = Path(f"{folder}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        inner.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        partial, old = Path(f"{folder}.partial"), Path(f"{folder}.old")
+        for left_over in (partial, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+        try:
+            inner.save_pretrained(partial, state_dict=weights)
+            tokenizer.save_pretrained(partial)
+            if Path(folder).exists():
+                os.replace(folder, old)
+            os.replace(partial, folder)
+        except Exception as error:  # safetensors has errors of its own
+            sys.exit(f"{STAGE}: cannot save {folder}: {error}")
+        shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
 
 
 def open_output(args):
-    """Makes the output folder with args.json, and empties what an earlier run logged there, on rank 0 alone."""
+    """Makes the output folder with args.json and, but for --resume, empty logs, on rank 0 alone -> the lock that keeps a
+    second run out of the folder for as long as it is held."""
     if dist.get_rank() == 0:
+        folder = Path(args.output_dir)
         try:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            Path(args.output_dir, "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                Path(args.output_dir, name).write_text("")
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / "lock", "w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not args.resume:
+                if any(folder.glob("checkpoints/update-??????")):
+                    sys.exit(f"{STAGE}: {folder} has checkpoints of an earlier run; go on with --resume, delete them, or name another "
+                             "--output_dir")
+                for name in ("metrics.jsonl", "samples.jsonl"):
+                    (folder / name).write_text("")
+            (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+            return lock
+        except BlockingIOError:
+            sys.exit(f"{STAGE}: another run is writing to {folder}; name another --output_dir")
         except OSError as error:
-            sys.exit(f"{STAGE}: cannot write to --output_dir {args.output_dir}: {error}")
+            sys.exit(f"{STAGE}: cannot write to --output_dir {folder}: {error}")
 
 
 def write(args, name, row):
     """Appends a JSON line to a file of the output folder, on rank 0 alone."""
     if dist.get_rank() == 0:
-        with open(Path(args.output_dir, name), "a") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        try:
+            with open(Path(args.output_dir, name), "a") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            sys.exit(f"{STAGE}: cannot write to {args.output_dir}/{name}: {error}; --resume goes on from the last checkpoint")
 
 
 def progress(items, rank):
     """A bar on rank 0; one line a minute where nobody watches."""
-    return tqdm(items, desc=STAGE, unit="update", disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
+    return tqdm(items, desc=STAGE, unit="update", disable=rank > 0, initial=items.start, total=items.stop,
+                mininterval=0.5 if sys.stderr.isatty() else 60)
 # ---- end of distribution ----
+
+
+# Copied from sft.py
+# ---- checkpoints ----
+STOP = []  # the signal that asks this process to save and end
+MAY_CHANGE = ("updates epochs eval_every eval_size save_every keep resume max_hours max_bad_updates max_kl micro_batch_size "
+              "print_args replicate output_dir").split()
+
+
+def catch_signals():
+    """The first SIGTERM or SIGINT lets the update end, saves and ends with status 128 + its number; the same again, at once."""
+    def note(number, _):
+        if number in STOP:
+            os._exit(128 + number)
+        STOP.append(number)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return [os.path.getsize(path), hashlib.file_digest(file, "blake2b").hexdigest()]
+
+
+def shared(value):
+    """Rank 0's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def save_checkpoint(args, update, models, optimizers):
+    """Writes what is needed to go on after `update` updates, each rank its shards, to a folder that appears complete or
+    not at all, with a manifest of sizes and checksums."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    folder = Path(args.output_dir, "checkpoints", f"update-{update:06d}")
+    partial = folder.with_suffix(".partial")
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    try:
+        state = [dict(zip(("model", "optimizer"), get_state_dict(*pair))) for pair in zip(models, optimizers)]
+        dcp.save({str(i): part for i, part in enumerate(state)}, checkpoint_id=partial)
+        torch.save({"python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": torch.get_rng_state(),
+                    "device": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}, partial / f"random-{rank}.pt")
+        dist.barrier()
+        files = sorted(os.listdir(partial))[rank::world]
+        parts = [None] * world
+        dist.all_gather_object(parts, {name: digest(partial / name) for name in files})
+        if rank == 0:
+            manifest = {"update": update, "world": world, "args": vars(args), "files": {k: v for part in parts for k, v in part.items()}}
+            (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            digest(partial / "manifest.json")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
+            for old in sorted(folder.parent.glob("update-??????"))[:-args.keep]:
+                shutil.rmtree(old)
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        sys.exit(f"{STAGE}: cannot save {folder}: {(str(error).splitlines() or [repr(error)])[-1]}; earlier checkpoints are as they were")
+    dist.barrier()
+
+
+def damage(folder):
+    """What is wrong with a checkpoint, in words; None where its files are as they were written."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        bad = [name for name, expected in files.items() if digest(folder / name) != expected]
+        return f"{', '.join(bad)} changed" if bad else None
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def load_checkpoint(args, models, optimizers):
+    """Restores models, optimizers and random generators from --resume, cuts the logs back to it -> updates done; 0 where
+    there is no checkpoint yet. On another number of processes the generators start anew."""
+    folder = None
+    if args.resume and dist.get_rank() == 0:
+        candidates = [Path(args.resume)]
+        if args.resume == "newest":
+            candidates = sorted(Path(args.output_dir, "checkpoints").glob("update-??????"), reverse=True)
+        for candidate in candidates:
+            if not (reason := damage(candidate)):
+                folder = candidate
+                break
+            say(f"{candidate} is damaged ({reason})" + ("" if candidate == candidates[-1] else "; the one before it is used"))
+        if candidates and not folder:
+            sys.exit(f"{STAGE}: no checkpoint is whole; start anew without --resume, in another --output_dir")
+    folder = shared(folder)
+    if not folder:
+        return 0
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if changed := [f"--{name} was {value}, now {vars(args).get(name)}" for name, value in manifest["args"].items()
+                   if name not in MAY_CHANGE and json.loads(json.dumps(vars(args).get(name))) != value]:
+        sys.exit(f"{STAGE}: {folder} is of other options: {'; '.join(changed)}")
+    state = {str(i): dict(zip(("model", "optimizer"), get_state_dict(*pair))) for i, pair in enumerate(zip(models, optimizers))}
+    dcp.load(state, checkpoint_id=folder)
+    for (model, optimizer), part in zip(zip(models, optimizers), state.values()):
+        set_state_dict(model, optimizer, model_state_dict=part["model"], optim_state_dict=part["optimizer"])
+    if manifest["world"] == dist.get_world_size():
+        generators = torch.load(folder / f"random-{dist.get_rank()}.pt", weights_only=False)  # the run's own file
+        random.setstate(generators["python"])
+        np.random.set_state(generators["numpy"])
+        torch.set_rng_state(generators["torch"])
+        if generators["device"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(generators["device"])
+    for name in ("metrics.jsonl", "samples.jsonl") if dist.get_rank() == 0 else ():
+        path, kept = Path(args.output_dir, name), []
+        for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+            if line.endswith("\n") and json.loads(line).get("update", 0) <= manifest["update"]:
+                kept.append(line)
+        path.with_suffix(".partial").write_text("".join(kept))
+        os.replace(path.with_suffix(".partial"), path)
+    say(f"goes on after update {manifest['update']}, from {folder}")
+    return manifest["update"]
+
+
+def end_of_update(args, update, models, optimizers, began, bad, reason=None):
+    """Saves a checkpoint where one is due, and ends the run, on every rank alike, where a signal (status 128 + its number),
+    --max_bad_updates, a `reason` (status 1) or --max_hours (status 0) wants it to."""
+    wish = None
+    if STOP:
+        wish = 128 + STOP[0], f"signal {STOP[0]}"
+    elif bad >= args.max_bad_updates:
+        wish = 1, f"{bad} updates in a row had a gradient that is not finite, and were skipped"
+    elif reason:
+        wish = 1, reason
+    elif args.max_hours and time.time() - began > 3600 * args.max_hours:
+        wish = 0, f"--max_hours {args.max_hours}"
+    wishes = [None] * dist.get_world_size()
+    dist.all_gather_object(wishes, wish)
+    wish = next(filter(None, wishes), None)
+    if not wish and not (args.save_every and update % args.save_every == 0):
+        return
+    for module in (module for model in models for module in model.modules() if isinstance(module, FSDPModule)):
+        module.reshard()  # an evaluation may have left the root's weights gathered
+    weights = [parameter.to_local() for model in models for parameter in model.parameters()]
+    broken = all_sum({"broken": sum(not weight.isfinite().all() for weight in weights)}, weights[0].device)["broken"]
+    if not broken:
+        save_checkpoint(args, update, models, optimizers)
+    if wish:
+        say(f"ends after update {update}: {wish[1]}. " + ("Weights are not finite, so no checkpoint was made; --resume goes on from the "
+                                                         "one before" if broken else "--resume goes on from here"))
+        finish()
+        sys.exit(wish[0])
+# ---- end of checkpoints ----
 
 
 def score_pairs(model, pairs, pad_id, device):
@@ -629,10 +807,12 @@ def main(argv=None):
     say(f"{len(train)} pairs that differ within --max_length, of {len(train_rows)}; {updates} updates of {args.batch_size} "
         f"on {world} process(es), {device.type}")
 
-    open_output(args)
+    lock = open_output(args)  # held until main returns
     model = shard(model, args, device)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    bar = progress(range(updates), rank)
+    done, launched, bad, metrics = load_checkpoint(args, [model], [optimizer]), time.time(), 0, {}
+    catch_signals()
+    bar = progress(range(done, updates), rank)
     for update in bar:
         began = time.perf_counter()
         batch = [train[i] for i in batch_indices(update, len(train), args.batch_size, args.seed)[rank::world]]
@@ -646,17 +826,21 @@ def main(argv=None):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor()
         for group in optimizer.param_groups:
             group["lr"] = args.lr * cosine_schedule(update, updates, args.warmup_ratio)
-        optimizer.step()
+        bad = 0 if norm.isfinite() else bad + 1
+        if not bad:
+            optimizer.step()
         optimizer.zero_grad()
 
-        metrics = {"update": update + 1, "episodes": (update + 1) * args.batch_size, **all_sum(figures, device),
+        metrics = {"update": update + 1, "skipped": int(bad > 0), "episodes": (update + 1) * args.batch_size, **all_sum(figures, device),
                    "norm/grad": norm.item(), "lr": optimizer.param_groups[0]["lr"],
                    "pairs_per_s": args.batch_size / (time.perf_counter() - began)}
         if update + 1 == updates or args.eval_every and (update + 1) % args.eval_every == 0:
             metrics |= held_out_accuracy(model, held_out, args, tokenizer.pad_token_id, device)
             bar.set_postfix({"loss": f"{metrics['loss']:.3f}", "held-out accuracy": f"{metrics['eval/accuracy']:.3f}"}, refresh=False)
         write(args, "metrics.jsonl", metrics)
+        end_of_update(args, update + 1, [model], [optimizer], launched, bad)
 
+    metrics = metrics or held_out_accuracy(model, held_out, args, tokenizer.pad_token_id, device)  # all updates were done before
     save(model, tokenizer, Path(args.output_dir, "final"))
     with torch.no_grad():
         scores = torch.stack(score_pairs(model, held_out[:8], tokenizer.pad_token_id, device), 1).tolist()

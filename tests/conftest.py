@@ -1,4 +1,5 @@
 """Paths, the marker `slow`, and the tiny models that several tests share."""
+import gc
 import json
 import os
 import subprocess
@@ -64,6 +65,15 @@ def pairs_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in sft.toy_rows("train", 400)))
     return str(path)
+
+
+@pytest.fixture(autouse=True)
+def leave_process_group():
+    """A stage that ended with an error in this process is still in its process group, and holds its output folder."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        gc.collect()
 
 
 SMALL = {"sft": ["--batch_size", "4", "--updates", "2", "--eval_size", "4"],

@@ -70,7 +70,7 @@ def main(folder):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+        max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2))
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
 
