@@ -25,6 +25,7 @@ import math
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -136,11 +137,11 @@ def run_program(program, stdin="", function=None, arguments=()):
             process = subprocess.Popen(
                 [*sandbox(), PYTHON, "-I", "-S", "-c", HARNESS, str(job_file.fileno())], stdin=read_only, stdout=printed,
                 stderr=subprocess.DEVNULL, pass_fds=[job_file.fileno()], env={}, start_new_session=True)
+        ended = os.pidfd_open(process.pid)  # Popen.wait with a time-out would look only every 50 ms
         try:
-            code = process.wait(WALL_TIME)
-        except subprocess.TimeoutExpired:
-            code = -1
+            code = process.wait() if select.select([ended], [], [], WALL_TIME)[0] else -1
         finally:  # of an interrupt too
+            os.close(ended)
             try:
                 os.killpg(process.pid, signal.SIGKILL)
             except ProcessLookupError:
