@@ -17,6 +17,7 @@ Stage 3 on --task apps takes its reward from here: --reward evaluate.py:compiler
 """
 import argparse
 import functools
+import hashlib
 import http.client
 import importlib.util
 import json
@@ -105,11 +106,13 @@ def sandbox():
         return []
     shown = [PYTHON, f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
     command = [shutil.which("bwrap") or "bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts",
-               "--unshare-cgroup-try", "--die-with-parent", "--new-session", "--clearenv", "--dev", "/dev",
+               "--unshare-cgroup-try", "--die-with-parent", "--new-session", "--clearenv", "--dev", "/dev", "--remount-ro", "/dev",
                "--size", str(16 << 20), "--perms", "1777", "--tmpfs", "/tmp", "--chdir", "/tmp"]
     for folder in reversed(Path(PYTHON).parents[:-1]):  # which would else be closed to all but root
         command += ["--perms", "0755", "--dir", str(folder)]
     command += [word for path in shown if os.path.exists(path) for word in ("--ro-bind", path, path)]
+    packages = (f"{sys.base_prefix}/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages", "/usr/lib/python3/dist-packages")
+    command += [word for path in packages if os.path.exists(path) for word in ("--tmpfs", path, "--remount-ro", path)]
     # root changes to another user inside (a limit on processes does not bind root), all others are in a user namespace
     command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if os.geteuid() == 0 else ["--unshare-user"]
     command += ["--remount-ro", "/"]
@@ -196,14 +199,14 @@ def run_test(program, function, given, expected):
         value = json.loads(output, parse_int=number)
         wrapped = isinstance(expected, list) and len(expected) == 1 and same_value(value, expected[0])
         return "pass" if wrapped or same_value(value, expected) else "fail"
-    except (ValueError, RecursionError):
+    except (ValueError, OverflowError, RecursionError):
         return "fail"
 
 
 @functools.cache
 def pool():
     """One thread for each core of this process; they wait for the programs that they start."""
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def run_tests(programs, tests):
@@ -375,7 +378,7 @@ def apps_texts(row, seed):
     solutions = json.loads(row["solutions"] or "[]")
     return {"prompt": f"\nQUESTION:\n{row['question']}{starter}\nUse {use} format\nANSWER:\n",
             "chosen": random.Random(f"{seed} {row['question']}").choice(solutions) if solutions else None,
-            "input_output": row["input_output"] if tests.get("inputs") else None}
+            "input_output": row["input_output"] if tests.get("inputs") and tests.get("outputs") else None}
 
 
 PAPER_DATA = {  # task: (data files on the hub, its held-out split, columns, function of a row -> its texts, shares of the stages)
@@ -475,7 +478,7 @@ def load_rows(args, part, columns, tokenizer):
         names, sets, indices = names * 2, sets * 2, [split_indices(len(sets[0]), (95, 5), k) for k in range(2)]
     for k, (rows, order, name) in enumerate(zip(sets, indices, names)):
         if part is None:
-            order = order[:k * len(order)]
+            order = order if k == 1 else order[:0]
         elif not args.all_rows and (k == 0 or len(order) > 9):  # fewer held-out rows than that are shared by the stages
             order = order[split_indices(len(order), shares, part)]
         sets[k], skipped = [], []
@@ -572,8 +575,8 @@ def load(auto_class, name, tokenizer, **options):
     From safetensors alone: other formats can run code when they are opened."""
     try:
         model, report = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
-    except (OSError, ValueError) as error:
-        sys.exit(f"{STAGE}: cannot load {name}, neither as a folder nor from the hub: {str(error).splitlines()[0]}")
+    except Exception as error:  # safetensors has errors of its own
+        sys.exit(f"{STAGE}: cannot load {name}, neither as a folder nor from the hub: {(str(error).splitlines() or [repr(error)])[0]}")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -646,35 +649,44 @@ def read_rows(path, *needs, torn=False):
     """The rows of a JSONL file, each with the fields `needs`; exits with a sentence where that cannot be. With `torn`, a
     last line that an interrupted run left half-written is cut off the file."""
     try:
-        text = Path(path).read_text()
+        data = Path(path).read_bytes()
     except OSError as error:
         sys.exit(f"{STAGE}: cannot read {path}: {error.strerror}")
-    if torn and text and not text.endswith("\n"):
-        text = text[:text.rfind("\n") + 1]
-        Path(path).write_text(text)
+    if torn and data and not data.endswith(b"\n"):
+        data = data[:data.rfind(b"\n") + 1]
+        Path(path).write_bytes(data)
         say(f"the last line of {path} was half-written, and is done again")
     rows = []
-    for i, line in enumerate(text.splitlines()):
+    for i, line in enumerate(data.decode(errors="replace").removesuffix("\n").split("\n") if data else ()):
         try:
             rows.append(json.loads(line))
         except ValueError:
-            sys.exit(f"{STAGE}: line {i + 1} of {path} is no JSON (half-written?): {line[:60]}")
+            rows.append(None)
+        if not isinstance(rows[-1], dict):
+            sys.exit(f"{STAGE}: line {i + 1} of {path} is no JSON object (half-written?): {line[:60]}")
         if missing := [name for name in needs if name not in rows[-1]]:
             hint = "; run evaluate.py score on it first" if "score" in missing else ""
             sys.exit(f"{STAGE}: line {i + 1} of {path} has no {', '.join(missing)}{hint}")
+    if not rows and not torn:
+        sys.exit(f"{STAGE}: {path} has no rows")
     return rows
 
 
 def write_rows(path, rows):
     """Writes a JSONL file that appears whole or not at all."""
     partial = f"{path}.partial"
-    Path(partial).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    Path(partial).write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(partial, path)
 
 
 def append(path, row):
     with open(path, "a") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.write(json.dumps(row) + "\n")
+
+
+def pair_id(a, b):
+    """What tells verdicts on two answers from verdicts on others to the same prompt."""
+    return hashlib.blake2b(f"{a['response']}\0{b['response']}".encode(errors="replace"), digest_size=8).hexdigest()
 
 
 def paired(path_a, path_b, *needs):
@@ -762,8 +774,9 @@ def generate_command(args):
     name = lambda t, k, i: (t, k, fits[i]["prompt"])
     done = set()
     if rank == 0 and Path(args.output).exists():
-        done = {(row["temperature"], row["sample"], row["prompt"]) for row in read_rows(args.output, "temperature", "sample", "prompt", torn=True)}
-        others = {row["policy"] for row in read_rows(args.output, "policy")} - {args.policy}
+        before = read_rows(args.output, "temperature", "sample", "prompt", "policy", torn=True)
+        done = {(row["temperature"], row["sample"], row["prompt"]) for row in before}
+        others = {row["policy"] for row in before} - {args.policy}
         if others or done - {name(*item) for item in items}:
             sys.exit(f"{STAGE}: {args.output} has answers of {others.pop() if others else 'other options'}; name another --output")
     shared = [done]
@@ -782,7 +795,7 @@ def generate_command(args):
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
             for item, text, ids in zip(batch, texts, (response[keep].tolist() for response, keep in zip(responses, real))):
                 row = fits[item[2]]
-                kept = {k: row[k] for k in ("chosen", "rejected", "problem_id", "difficulty", "input_output") if row.get(k) is not None}
+                kept = {k: row[k] for k in ("chosen", "rejected", "problem_id", "difficulty", "input_output") if isinstance(row.get(k), (str, int))}
                 if isinstance(row.get("info"), dict):
                     kept["stratum"] = row["info"]["subreddit"]  # for judging some of every subreddit
                 answers.append({"task": args.task, "policy": args.policy, "prompt": row["prompt"], "response": text, "tokens": len(ids), "sample": item[1],
@@ -800,7 +813,7 @@ def reward_of(args):
     """-> a function from prompts, answers, whether they ended, and rows to scores, by --reward."""
     if ".py:" in args.reward:
         function = load_function(args.reward)
-        return lambda prompts, answers, ended, rows: [float(score) for score in function(prompts, answers, rows)]
+        return lambda prompts, answers, ended, rows: function(prompts, answers, rows)
     tokenizer = load_tokenizer(args.reward)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, missing = load(AutoModelForSequenceClassification, args.reward, tokenizer, dtype=torch.float32)
@@ -831,7 +844,8 @@ def histogram(values, bins=12, width=50):
 
 
 def score_command(args):
-    rows = read_rows(args.samples, "prompt", "response", "ended")
+    os.environ["MA_RLHF_SANDBOX"] = args.sandbox
+    rows = read_rows(args.samples, "task", "prompt", "response", "ended", "tokens", "temperature")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     score = reward_of(args)
@@ -839,7 +853,13 @@ def score_command(args):
     if ".py:" not in args.reward and all("rejected" in row for row in rows):  # the data's own answers, which end
         columns |= {f"{name}_score": (name, [True] * len(rows)) for name in ("chosen", "rejected")}
     for column, (field, ended) in columns.items():
-        for row, value in zip(rows, score([row["prompt"] for row in rows], [row[field] for row in rows], ended, rows)):
+        try:
+            values = [float(value) for value in score([row["prompt"] for row in rows], [row[field] for row in rows], ended, rows)]
+            if len(values) != len(rows) or not np.isfinite(values).all():
+                raise ValueError(f"{len(values)} scores for {len(rows)} answers, of which {np.isfinite(values).sum()} are finite")
+        except Exception as error:  # whatever a function of the user's raises
+            sys.exit(f"{STAGE}: {args.reward} failed: {error!r}; {args.samples} is as it was")
+        for row, value in zip(rows, values):
             row[column] = value
             if row["task"] == "toy":
                 row[column.replace("score", "gold")] = toy_gold(row["prompt"], row[field])
@@ -898,7 +918,7 @@ def compare_command(args):
     outcomes = [(a["score"] > b["score"]) + (a["score"] == b["score"]) / 2 for a, b in pairs]
     print_outcome((args.a, args.b), outcomes, [a["tokens"] - b["tokens"] for a, b in pairs])
     if args.output:
-        write_rows(args.output, [{"prompt": a["prompt"], "rater": "reward model", "choice": {1: "A", 0: "B"}.get(outcome, "tie")}
+        write_rows(args.output, [{"prompt": a["prompt"], "pair": pair_id(a, b), "rater": "reward model", "choice": {1: "A", 0: "B"}.get(outcome, "tie")}
                                  for (a, b), outcome in zip(pairs, outcomes)])
 
 
@@ -935,8 +955,8 @@ def ask(prompt, args, key):
                 return json.load(answer)["choices"][0]["message"]["content"] or ""
         except urllib.error.HTTPError as error:
             if error.code != 429 and error.code < 500:
-                said = error.read(300).decode(errors="replace").replace(key, "[key]") if key else ""
-                sys.exit(f"{STAGE}: the judge's server answered {error.code}: {said}")
+                said = error.read(100_000).decode(errors="replace")
+                sys.exit(f"{STAGE}: the judge's server answered {error.code}: {(said.replace(key, '[key]') if key else said)[:300]}")
             after = error.headers.get("Retry-After", "")
             wait = float(after) if after.isdigit() else 0.0
         except (OSError, ValueError, KeyError, IndexError, TypeError, http.client.HTTPException):
@@ -952,7 +972,7 @@ def verdict(text):
     >>> verdict("Both are good. Choice: **B**"), verdict("choice: equal"), verdict("I like A"), verdict(None)
     ('B', 'tie', None, None)
     """
-    found = re.findall(r"choice\W+(A|B|equal)\b", text or "", re.I)
+    found = re.findall(r"choice\W*:\W*(A|B|equal)\b", text or "", re.I)
     return {"a": "A", "b": "B", "equal": "tie"}[found[-1].lower()] if found else None
 
 
@@ -963,11 +983,14 @@ def stratified(pairs, num, seed):
 
 
 def judge_command(args):
-    key = os.environ.get("OPENAI_API_KEY", "")
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key.isascii() or not re.match(r"https?://\w", args.base_url):
+        sys.exit(f"{STAGE}: --base_url must begin with http:// or https://, and OPENAI_API_KEY must be plain ASCII")
     pairs = stratified(paired(args.a, args.b), args.num, args.seed)
     output = Path(args.output)
-    rows = read_rows(output, "prompt", "order", "choice", torn=True) if output.exists() else []
-    known = {(row["prompt"], row["order"]): row["choice"] for row in rows if row["rater"] == args.judge_model}
+    rows = read_rows(output, "prompt", "pair", "rater", "order", "choice", torn=True) if output.exists() else []
+    known = {(row["prompt"], row["pair"], row["order"]): row["choice"] for row in rows if row["rater"] == args.judge_model}
+    writing = threading.Lock()
 
     def one(a, b, order):
         """Judges a pair, the first answer shown first (order 0) or second (1); twice more where the answer is malformed."""
@@ -979,21 +1002,23 @@ def judge_command(args):
                 break
         if order and choice in ("A", "B"):
             choice = "AB".replace(choice, "")
-        return {"prompt": a["prompt"], "rater": args.judge_model, "order": order, "choice": choice, "answer": text}
+        row = {"prompt": a["prompt"], "pair": pair_id(a, b), "rater": args.judge_model, "order": order, "choice": choice, "answer": text}
+        if text is not None:  # a request that failed is made again by the next run
+            with writing:
+                append(output, row)
+        return row
 
     with ThreadPoolExecutor(args.concurrency) as threads:
-        jobs = [threads.submit(one, a, b, order) for a, b in pairs for order in (0, 1) if (a["prompt"], order) not in known]
+        jobs = [threads.submit(one, a, b, order) for a, b in pairs for order in (0, 1) if (a["prompt"], pair_id(a, b), order) not in known]
         try:
             for job in tqdm(as_completed(jobs), total=len(jobs), desc="judge", unit="verdict"):
                 row = job.result()
-                if row["answer"] is not None:  # a request that failed is made again by the next run
-                    append(output, row)
-                known[row["prompt"], row["order"]] = row["choice"]
+                known[row["prompt"], row["pair"], row["order"]] = row["choice"]
         except BaseException:
             for job in jobs:
                 job.cancel()
             raise
-    both = [(known[a["prompt"], 0], known[a["prompt"], 1], a, b) for a, b in pairs]
+    both = [(*(known[a["prompt"], pair_id(a, b), order] for order in (0, 1)), a, b) for a, b in pairs]
     judged = [(x if x == y else "tie", a, b) for x, y, a, b in both if x and y]
     print(f"{len(both) - len(judged)} of {len(both)} pairs have no verdict (failed or malformed), {sum(x != y for x, y, *_ in both if x and y)} "
           "are ties because the verdict turned with the order")
@@ -1022,8 +1047,9 @@ def read_key(prompt):
 def human_command(args):
     pairs = stratified(paired(args.a, args.b), args.num, args.seed)
     output = Path(args.output)
-    rows = read_rows(output, "prompt", "choice", torn=True) if output.exists() else []
-    known = {row["prompt"]: row["choice"] for row in rows if row["rater"] == args.annotator}
+    rows = read_rows(output, "prompt", "pair", "rater", "choice", torn=True) if output.exists() else []
+    pair_ids = {pair_id(a, b) for a, b in pairs}
+    known = {row["prompt"]: row["choice"] for row in rows if row["rater"] == args.annotator and row["pair"] in pair_ids}
     for i, (a, b) in enumerate(pairs):
         if a["prompt"] in known:
             continue
@@ -1039,17 +1065,19 @@ def human_command(args):
             print(f"{len(known)} of {len(pairs)} are judged; the same command goes on from here")
             return
         known[a["prompt"]] = "tie" if key == "0" else "AB"[(key == "2") != swap]
-        append(output, {"prompt": a["prompt"], "rater": args.annotator, "choice": known[a["prompt"]]})
+        append(output, {"prompt": a["prompt"], "pair": pair_id(a, b), "rater": args.annotator, "choice": known[a["prompt"]]})
     print_outcome((args.a, args.b), [{"A": 1, "B": 0, "tie": 0.5}[known[a["prompt"]]] for a, _ in pairs])
 
 
 def agreement_command(args):
-    votes = {}  # rater -> prompt -> choice; the two orders of a judge become one choice
+    votes = {}  # rater -> pair -> choices; a judge has one in each order, and no choice without both
     for path in args.files:
-        for row in read_rows(path, "prompt", "rater", "choice"):
-            mine = votes.setdefault(row["rater"], {})
-            old = mine.get(row["prompt"], row["choice"])
-            mine[row["prompt"]] = row["choice"] if old == row["choice"] else "tie" if old and row["choice"] else None
+        for row in read_rows(path, "prompt", "pair", "rater", "choice"):
+            votes.setdefault(row["rater"], {}).setdefault((row["prompt"], row["pair"]), {})[row.get("order")] = row["choice"]
+    for choices in votes.values():
+        for pair, made in choices.items():
+            whole = None in made or len(made) == 2
+            choices[pair] = None if not whole or None in made.values() else made.popitem()[1] if len(set(made.values())) == 1 else "tie"
     raters = list(votes)
     if len(raters) < 2:
         sys.exit(f"{STAGE}: agreement needs two raters, and the files have {', '.join(raters) or 'none'}")
@@ -1202,6 +1230,7 @@ def main(argv=None):
     add("--reward", required=True, help="reward model (folder or hub name), or FILE.py:FUNCTION, f(prompts, responses, rows) -> floats")
     add("--output", help="JSONL file to write; the samples' own when not given")
     add("--batch_size", type=int, default=64, help="answers scored at a time")
+    add("--sandbox", choices=("bwrap", "none"), default="bwrap", help="of evaluate.py:compiler_reward; none: at your own risk")
     for name, function, text in (("compare", compare_command, "win rate of A over B by their scores"),
                                  ("judge", judge_command, "win rate of A over B by a language model, each pair in both orders; the key "
                                   "of its server is read from the environment variable OPENAI_API_KEY"),
@@ -1242,6 +1271,9 @@ def main(argv=None):
     add = command("summary", summary_command, "the paper's Table 2 from scored samples, in Markdown")
     add("inputs", type=named, nargs="+", metavar="NAME=PATH[,PATH]", help="scored samples; gains are against the first")
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if name in ("num", "n", "batch_size", "concurrency", "tries", "max_prompt_length", "max_response_length") and value < 1:
+            parser.error(f"--{name} is {value}; it must be at least 1")
     args.function(args)
 
 

@@ -147,7 +147,7 @@ class Args:
     resume: Optional[str] = arg(None, "go on from the newest complete checkpoint of the output folder, or from the one named",
                                 nargs="?", const="newest")
     max_hours: Optional[float] = arg(None, "save a checkpoint and end after so many hours")
-    max_bad_updates: int = arg(5, "updates in a row that may be skipped because a loss or gradient is not finite")
+    max_bad_updates: int = arg(5, "updates in a row that are skipped, because a gradient is not finite, before the run ends")
     max_kl: Optional[float] = arg(None, "save a checkpoint and end when the KL of an update's responses exceeds this")
 
 
@@ -290,7 +290,7 @@ def apps_texts(row, seed):
     solutions = json.loads(row["solutions"] or "[]")
     return {"prompt": f"\nQUESTION:\n{row['question']}{starter}\nUse {use} format\nANSWER:\n",
             "chosen": random.Random(f"{seed} {row['question']}").choice(solutions) if solutions else None,
-            "input_output": row["input_output"] if tests.get("inputs") else None}
+            "input_output": row["input_output"] if tests.get("inputs") and tests.get("outputs") else None}
 
 
 PAPER_DATA = {  # task: (data files on the hub, its held-out split, columns, function of a row -> its texts, shares of the stages)
@@ -390,7 +390,7 @@ def load_rows(args, part, columns, tokenizer):
         names, sets, indices = names * 2, sets * 2, [split_indices(len(sets[0]), (95, 5), k) for k in range(2)]
     for k, (rows, order, name) in enumerate(zip(sets, indices, names)):
         if part is None:
-            order = order[:k * len(order)]
+            order = order if k == 1 else order[:0]
         elif not args.all_rows and (k == 0 or len(order) > 9):  # fewer held-out rows than that are shared by the stages
             order = order[split_indices(len(order), shares, part)]
         sets[k], skipped = [], []
@@ -529,8 +529,8 @@ def load(auto_class, name, tokenizer, **options):
     From safetensors alone: other formats can run code when they are opened."""
     try:
         model, report = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
-    except (OSError, ValueError) as error:
-        sys.exit(f"{STAGE}: cannot load {name}, neither as a folder nor from the hub: {str(error).splitlines()[0]}")
+    except Exception as error:  # safetensors has errors of its own
+        sys.exit(f"{STAGE}: cannot load {name}, neither as a folder nor from the hub: {(str(error).splitlines() or [repr(error)])[0]}")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -626,7 +626,7 @@ def write(args, name, row):
     if dist.get_rank() == 0:
         try:
             with open(Path(args.output_dir, name), "a") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row) + "\n")
         except OSError as error:
             sys.exit(f"{STAGE}: cannot write to {args.output_dir}/{name}: {error}; --resume goes on from the last checkpoint")
 
@@ -725,8 +725,10 @@ def load_checkpoint(args, models, optimizers):
             say(f"{candidate} is damaged ({reason})" + ("" if candidate == candidates[-1] else "; the one before it is used"))
         if candidates and not folder:
             sys.exit(f"{STAGE}: no checkpoint is whole; start anew without --resume, in another --output_dir")
-    folder = shared(folder)
+    folder, logs = shared(folder), [Path(args.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")]
     if not folder:
+        for path in logs if dist.get_rank() == 0 else ():
+            path.write_text("")
         return 0
     manifest = json.loads((folder / "manifest.json").read_text())
     if changed := [f"--{name} was {value}, now {vars(args).get(name)}" for name, value in manifest["args"].items()
@@ -743,13 +745,15 @@ def load_checkpoint(args, models, optimizers):
         torch.set_rng_state(generators["torch"])
         if generators["device"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(generators["device"])
-    for name in ("metrics.jsonl", "samples.jsonl") if dist.get_rank() == 0 else ():
-        path, kept = Path(args.output_dir, name), []
-        for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-            if line.endswith("\n") and json.loads(line).get("update", 0) <= manifest["update"]:
-                kept.append(line)
+    for path in logs if dist.get_rank() == 0 else ():
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("update", 0) <= manifest["update"]]
         path.with_suffix(".partial").write_text("".join(kept))
         os.replace(path.with_suffix(".partial"), path)
+    if dist.get_rank() == 0:  # newer ones are damaged, or of the course that the run no longer takes
+        for path in Path(args.output_dir, "checkpoints").glob("update-??????"):
+            if path.name > f"update-{manifest['update']:06d}":
+                shutil.rmtree(path)
     say(f"goes on after update {manifest['update']}, from {folder}")
     return manifest["update"]
 
@@ -1165,10 +1169,11 @@ def logged_samples(update, args):
 
 
 def show(rows, before, after, args):
-    """Prints prompts with the SFT model's and the trained policy's answers and scores."""
+    """Prints three prompts with the SFT model's and the trained policy's answers and scores."""
     width = min(shutil.get_terminal_size((120, 24)).columns, 120)
-    for row, old, new in zip(rows, before, after):
-        lines = [("prompt", row["prompt"])]
+    before, after = ({answer["prompt"]: answer for answer in answers} for answers in (before, after))
+    for prompt in [row["prompt"] for row in rows if row["prompt"] in before.keys() & after.keys()][:3]:
+        lines, old, new = [("prompt", prompt)], before[prompt], after[prompt]
         for name, answer in (("SFT", old), (STAGE, new)):
             gold = f", gold {answer['gold']:.2f}" if "gold" in answer else ""
             lines.append((name, f"[score {answer['score']:.2f}{gold}] {answer['response']}"))
@@ -1180,8 +1185,8 @@ def show(rows, before, after, args):
 
 def main(argv=None):
     args = parse_args(Args, AdvantageArgs, argv=argv, presets=presets)
+    os.environ["MA_RLHF_SANDBOX"] = args.sandbox  # evaluate.py reads it
     if args.task == "apps" and not args.reward:
-        os.environ["MA_RLHF_SANDBOX"] = args.sandbox
         args.reward = str(Path(__file__).with_name("evaluate.py")) + ":compiler_reward"
         load_function(args.reward)([], [], [])  # so that a sandbox that does not work is found now, before models are loaded
     function = load_function(args.reward) if ".py:" in (args.reward or "") else None
@@ -1261,9 +1266,9 @@ def main(argv=None):
     save(policy, tokenizer, Path(args.output_dir, "final"))
     save(critic, tokenizer, Path(args.output_dir, "final", "critic"))
     if rank == 0:
-        show(held_out[:3], first[1], last[1], args)
+        show(held_out, first[1], last[1], args)
         print(f"{f'{len(held_out) * world} held-out prompts':<24}{'SFT':>10}{STAGE:>10}   after {updates} updates")
-        for name in last[0]:
+        for name in [name for name in last[0] if name in first[0]]:  # none where the run was resumed without its logs
             print(f"{name.removeprefix('eval/'):<24}{first[0][name]:>10.2f}{last[0][name]:>10.2f}")
         print(f"{args.output_dir}/: final has the policy (and critic), metrics.jsonl the figures of every update, samples.jsonl "
               "answers to held-out prompts")

@@ -124,7 +124,7 @@ class Args:
     resume: Optional[str] = arg(None, "go on from the newest complete checkpoint of the output folder, or from the one named",
                                 nargs="?", const="newest")
     max_hours: Optional[float] = arg(None, "save a checkpoint and end after so many hours")
-    max_bad_updates: int = arg(5, "updates in a row that may be skipped because a loss or gradient is not finite")
+    max_bad_updates: int = arg(5, "updates in a row that are skipped, because a gradient is not finite, before the run ends")
 
 
 def presets(task):
@@ -260,7 +260,7 @@ def apps_texts(row, seed):
     solutions = json.loads(row["solutions"] or "[]")
     return {"prompt": f"\nQUESTION:\n{row['question']}{starter}\nUse {use} format\nANSWER:\n",
             "chosen": random.Random(f"{seed} {row['question']}").choice(solutions) if solutions else None,
-            "input_output": row["input_output"] if tests.get("inputs") else None}
+            "input_output": row["input_output"] if tests.get("inputs") and tests.get("outputs") else None}
 
 
 PAPER_DATA = {  # task: (data files on the hub, its held-out split, columns, function of a row -> its texts, shares of the stages)
@@ -360,7 +360,7 @@ def load_rows(args, part, columns, tokenizer):
         names, sets, indices = names * 2, sets * 2, [split_indices(len(sets[0]), (95, 5), k) for k in range(2)]
     for k, (rows, order, name) in enumerate(zip(sets, indices, names)):
         if part is None:
-            order = order[:k * len(order)]
+            order = order if k == 1 else order[:0]
         elif not args.all_rows and (k == 0 or len(order) > 9):  # fewer held-out rows than that are shared by the stages
             order = order[split_indices(len(order), shares, part)]
         sets[k], skipped = [], []
@@ -486,8 +486,8 @@ def load(auto_class, name, tokenizer, **options):
     From safetensors alone: other formats can run code when they are opened."""
     try:
         model, report = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
-    except (OSError, ValueError) as error:
-        sys.exit(f"{STAGE}: cannot load {name}, neither as a folder nor from the hub: {str(error).splitlines()[0]}")
+    except Exception as error:  # safetensors has errors of its own
+        sys.exit(f"{STAGE}: cannot load {name}, neither as a folder nor from the hub: {(str(error).splitlines() or [repr(error)])[0]}")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -583,7 +583,7 @@ def write(args, name, row):
     if dist.get_rank() == 0:
         try:
             with open(Path(args.output_dir, name), "a") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row) + "\n")
         except OSError as error:
             sys.exit(f"{STAGE}: cannot write to {args.output_dir}/{name}: {error}; --resume goes on from the last checkpoint")
 
@@ -682,8 +682,10 @@ def load_checkpoint(args, models, optimizers):
             say(f"{candidate} is damaged ({reason})" + ("" if candidate == candidates[-1] else "; the one before it is used"))
         if candidates and not folder:
             sys.exit(f"{STAGE}: no checkpoint is whole; start anew without --resume, in another --output_dir")
-    folder = shared(folder)
+    folder, logs = shared(folder), [Path(args.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")]
     if not folder:
+        for path in logs if dist.get_rank() == 0 else ():
+            path.write_text("")
         return 0
     manifest = json.loads((folder / "manifest.json").read_text())
     if changed := [f"--{name} was {value}, now {vars(args).get(name)}" for name, value in manifest["args"].items()
@@ -700,13 +702,15 @@ def load_checkpoint(args, models, optimizers):
         torch.set_rng_state(generators["torch"])
         if generators["device"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(generators["device"])
-    for name in ("metrics.jsonl", "samples.jsonl") if dist.get_rank() == 0 else ():
-        path, kept = Path(args.output_dir, name), []
-        for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-            if line.endswith("\n") and json.loads(line).get("update", 0) <= manifest["update"]:
-                kept.append(line)
+    for path in logs if dist.get_rank() == 0 else ():
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("update", 0) <= manifest["update"]]
         path.with_suffix(".partial").write_text("".join(kept))
         os.replace(path.with_suffix(".partial"), path)
+    if dist.get_rank() == 0:  # newer ones are damaged, or of the course that the run no longer takes
+        for path in Path(args.output_dir, "checkpoints").glob("update-??????"):
+            if path.name > f"update-{manifest['update']:06d}":
+                shutil.rmtree(path)
     say(f"goes on after update {manifest['update']}, from {folder}")
     return manifest["update"]
 
@@ -793,6 +797,7 @@ def main(argv=None):
     device, rank, world = start(args)
     tokenizer = load_tokenizer(policy)
     model, _ = load(AutoModelForSequenceClassification, policy, tokenizer, num_labels=1, dtype=torch.float32)
+    args.max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
     train_rows, eval_rows = load_rows(args, 1, ["prompt", "chosen", "rejected"], tokenizer)
     train, held_out = [], []
     for rows, pairs in ((train_rows, train), (eval_rows[:args.eval_size], held_out)):

@@ -190,10 +190,10 @@ def test_files_that_do_not_match(tmp_path):
     double = write(tmp_path / "double", [json.loads(line) for line in a.read_text().splitlines()] * 2)
     for argv, message in ((["compare", a, b], "do not answer the same prompts: 0 of 2 .* 1 of 3"),
                           (["compare", a, bare], "line 1 of .*bare has no score, tokens; run evaluate.py score"),
-                          (["compare", a, torn], "line 3 of .*torn is no JSON .half-written"),
+                          (["compare", a, torn], "line 3 of .*torn is no JSON object .half-written"),
                           (["compare", a, double], "has several answers to 'p0'"),
                           (["compare", a, tmp_path / "none"], "cannot read .*none: No such file"),
-                          (["agreement", write(tmp_path / "one", [{"prompt": "p", "rater": "r", "choice": "A"}])], "needs two raters"),
+                          (["agreement", write(tmp_path / "one", [{"prompt": "p", "pair": "x", "rater": "r", "choice": "A"}])], "needs two raters"),
                           (["score", a, "--reward", "none.py:f"], "there is no file none.py"),
                           (["plot", "curves", f"A={a}"], "has no update|line 1 of .* has no update")):
         with pytest.raises(SystemExit, match=message):
@@ -287,6 +287,9 @@ def test_judge(server, tmp_path, capsys):
     (tmp_path / "j.jsonl").write_text("".join(lines[:-3]) + lines[-3][:20])  # killed while it wrote
     call(*argv)
     assert len(Judge.asked) == count + 3 and "1 of 9 pairs have no verdict" in capsys.readouterr().out
+    b.write_text(b.read_text().replace("b 1", "c 1"))  # other answers: other verdicts, which have to be asked for
+    call(*argv)
+    assert len(Judge.asked) > count + 3
 
 
 def test_a_judge_that_is_down_or_refuses(server, tmp_path, capsys):
@@ -328,7 +331,7 @@ def test_human(tmp_path):
 
 
 def test_agreement(tmp_path, capsys):
-    rows = lambda rater, choices, **more: [{"prompt": i, "rater": rater, "choice": c, **more} for i, c in enumerate(choices)]
+    rows = lambda rater, choices, **more: [{"prompt": i, "pair": "x", "rater": rater, "choice": c, **more} for i, c in enumerate(choices)]
     write(tmp_path / "x", rows("model", "AABB"))
     write(tmp_path / "y", rows("judge", "AAAB", order=0) + rows("judge", "AABB", order=1))  # the third turned: a tie
     call("agreement", tmp_path / "x", tmp_path / "y")

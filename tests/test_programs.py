@@ -39,6 +39,14 @@ def test_solutions_of_the_test_data_pass():
     assert [len(group) for group in found] == [len(json.loads(text)["inputs"]) for text in tests]
 
 
+def test_the_toy_problems_are_solved_by_their_solutions():
+    import toy_apps
+    draw = random.Random(1)
+    rows = [row for i in range(40) if (row := toy_apps.problem(draw, i))]
+    found = evaluate.run_tests([json.loads(row["solutions"])[0] for row in rows], [row["input_output"] for row in rows])
+    assert len(rows) > 20 and found == [["pass"] * 3] * len(rows)
+
+
 def test_the_compiler_signal():
     """-1, -0.6, and -0.3 + 1.3 of the share that passes; the same program twice costs one run."""
     tests = json.dumps({"inputs": ["1 1\n", "2 2\n", "3 3\n", "4 4\n"], "outputs": ["2\n", "4\n", "6\n", "8\n"]})
@@ -70,6 +78,7 @@ def test_outputs_are_compared_by_words(printed, expected, same):
     ("def g(a): return a", [1], 1, "runtime"),
     ("def f(a): return Counter(a).most_common(1)", [[1, 1, 2]], [[1, 2]], "pass"),  # the names that APPS imports
     ("def f(a): return object()", [1], 1, "fail"),
+    ("def f(a): return 10 ** 400", [1], 2.5, "fail"),  # more than a float can hold
 ])
 def test_functions(program, arguments, expected, result):
     assert results(program, arguments, expected, "f") == [result]
@@ -100,6 +109,9 @@ HOSTILE = {  # what it tries: (program, its result)
     "reads /proc": ("import os\nprint(open('/proc/1/environ').read())", "runtime"),
     "writes outside": (f"open({str(DATA / 'written')!r}, 'w').write('x')", "runtime"),
     "writes to Python's files": ("import os\nopen(os.__file__, 'a').write('x')", "runtime"),
+    "writes to /dev": ("open('/dev/shm/x', 'wb').write(bytes(100))", "runtime"),
+    "imports what is installed": ("import sys\nsys.path.append(sys.prefix + '/lib/python%d.%d/site-packages' % sys.version_info[:2])\nimport pip",
+                                  "runtime"),
     "writes into /": ("open('/written', 'w').write('x')", "runtime"),
     "opens a socket": ("import socket\nsocket.create_connection(('127.0.0.1', PORT), 2).send(b'x')", "runtime"),
     "kills its parent": ("import os\nos.kill(os.getppid(), 9)\nprint(0)", "runtime or fail"),
