@@ -501,7 +501,8 @@ def load_tokenizer(name):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        sys.exit(f"{STAGE}: no tokenizer at {name}, neither as a folder nor on the hub: {str(error).splitlines()[0]}")
+        sys.exit(f"{STAGE}: no tokenizer at {name}, neither as a folder nor on the hub ({str(error).splitlines()[0]}); give a local "
+                 "folder, or log in with `hf auth login` where the model is gated")
     if tokenizer.eos_token_id is None:
         sys.exit(f"{STAGE}: the tokenizer of {name} has no EOS token, so a response could never end; set its eos_token")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -768,8 +769,10 @@ def generate_command(args):
     rows = [row | {"ids": encode(tokenizer, row["prompt"])[0]} for row in {row["prompt"]: row for row in rows}.values()]
     fits = [row for row in rows if len(row["ids"]) <= args.max_prompt_length]
     chosen = np.random.RandomState(args.seed).permutation(len(fits))[:args.num].tolist()
-    say(f"{len(chosen)} of {len(rows)} different held-out prompts, {len(rows) - len(fits)} being longer than {args.max_prompt_length} tokens")
-    items = sorted(((t, k, i) for t in args.temperature for i in chosen for k in range(args.n)), key=lambda x: (x[0], len(fits[x[2]]["ids"])))
+    say(f"{len(chosen)} of {len(rows)} different held-out prompts, {len(rows) - len(fits)} being longer than "
+        f"--max_prompt_length {args.max_prompt_length}")
+    items = [(t, k, i) for t in args.temperature for i in chosen for k in range(args.n)]
+    items.sort(key=lambda item: (item[0], len(fits[item[2]]["ids"])))
     batches = [items[i:i + args.batch_size] for i in range(0, len(items), args.batch_size)]
     name = lambda t, k, i: (t, k, fits[i]["prompt"])
     done = set()
@@ -795,11 +798,12 @@ def generate_command(args):
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
             for item, text, ids in zip(batch, texts, (response[keep].tolist() for response, keep in zip(responses, real))):
                 row = fits[item[2]]
-                kept = {k: row[k] for k in ("chosen", "rejected", "problem_id", "difficulty", "input_output") if isinstance(row.get(k), (str, int))}
+                kept = ("chosen", "rejected", "problem_id", "difficulty", "input_output")
+                kept = {name: row[name] for name in kept if isinstance(row.get(name), (str, int))}
                 if isinstance(row.get("info"), dict):
                     kept["stratum"] = row["info"]["subreddit"]  # for judging some of every subreddit
-                answers.append({"task": args.task, "policy": args.policy, "prompt": row["prompt"], "response": text, "tokens": len(ids), "sample": item[1],
-                                "ended": ids[-1] == tokenizer.eos_token_id, "temperature": item[0], **kept})
+                answers.append({"task": args.task, "policy": args.policy, "prompt": row["prompt"], "response": text, "tokens": len(ids),
+                                "sample": item[1], "ended": ids[-1] == tokenizer.eos_token_id, "temperature": item[0], **kept})
         gathered = [None] * world
         dist.all_gather_object(gathered, answers)
         for row in sum(gathered, []) if rank == 0 else ():
@@ -918,8 +922,9 @@ def compare_command(args):
     outcomes = [(a["score"] > b["score"]) + (a["score"] == b["score"]) / 2 for a, b in pairs]
     print_outcome((args.a, args.b), outcomes, [a["tokens"] - b["tokens"] for a, b in pairs])
     if args.output:
-        write_rows(args.output, [{"prompt": a["prompt"], "pair": pair_id(a, b), "rater": "reward model", "choice": {1: "A", 0: "B"}.get(outcome, "tie")}
-                                 for (a, b), outcome in zip(pairs, outcomes)])
+        choices = [{1: "A", 0: "B"}.get(outcome, "tie") for outcome in outcomes]
+        write_rows(args.output, [{"prompt": a["prompt"], "pair": pair_id(a, b), "rater": "reward model", "choice": choice}
+                                 for (a, b), choice in zip(pairs, choices)])
 
 
 CRITERIA = {"tldr": ("a summary of a forum post", "relevance: it has what matters in the post; coherence: its sentences make one text; "
@@ -1020,8 +1025,9 @@ def judge_command(args):
             raise
     both = [(*(known[a["prompt"], pair_id(a, b), order] for order in (0, 1)), a, b) for a, b in pairs]
     judged = [(x if x == y else "tie", a, b) for x, y, a, b in both if x and y]
-    print(f"{len(both) - len(judged)} of {len(both)} pairs have no verdict (failed or malformed), {sum(x != y for x, y, *_ in both if x and y)} "
-          "are ties because the verdict turned with the order")
+    turned = sum(x != y for x, y, *_ in both if x and y)
+    print(f"{len(both) - len(judged)} of {len(both)} pairs have no verdict (failed or malformed), {turned} are ties because the verdict "
+          "turned with the order")
     if judged:
         lengths = [a["tokens"] - b["tokens"] for _, a, b in judged] if "tokens" in judged[0][1] else None
         print_outcome((args.a, args.b), [{"A": 1, "B": 0, "tie": 0.5}[choice] for choice, _, _ in judged], lengths)
@@ -1192,8 +1198,9 @@ def summary_command(args):
         base = values.mean() if base is None else base
         gain = "" if base == values.mean() else f"{(values.mean() - base) / abs(base):+.0%}"
         low, high = interval(values)
-        print(f"| {name} | {', '.join(sorted({row['task'] for row in rows}))} | {len(values)} | {values.mean():.2f} ({low:.2f} to {high:.2f}) | "
-              f"{gain} | {np.mean([row['tokens'] for row in rows]):.0f} | {np.mean([row['ended'] for row in rows]):.0%} |")
+        tasks = ", ".join(sorted({row["task"] for row in rows}))
+        print(f"| {name} | {tasks} | {len(values)} | {values.mean():.2f} ({low:.2f} to {high:.2f}) | {gain} | "
+              f"{np.mean([row['tokens'] for row in rows]):.0f} | {np.mean([row['ended'] for row in rows]):.0%} |")
 
 
 def main(argv=None):

@@ -413,7 +413,8 @@ def load_tokenizer(name):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        sys.exit(f"{STAGE}: no tokenizer at {name}, neither as a folder nor on the hub: {str(error).splitlines()[0]}")
+        sys.exit(f"{STAGE}: no tokenizer at {name}, neither as a folder nor on the hub ({str(error).splitlines()[0]}); give a local "
+                 "folder, or log in with `hf auth login` where the model is gated")
     if tokenizer.eos_token_id is None:
         sys.exit(f"{STAGE}: the tokenizer of {name} has no EOS token, so a response could never end; set its eos_token")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -1322,7 +1323,8 @@ def main(argv=None):
         if update + 1 == updates or args.eval_every and (update + 1) % args.eval_every == 0:
             last = held_out_samples(update + 1, roll, held_out, args, tokenizer, device)
         bad = bad + 1 if metrics["skipped"] else 0
-        reason = f"the KL is {metrics['objective/kl']:.1f}, more than --max_kl" if metrics["objective/kl"] > (args.max_kl or math.inf) else None
+        far = metrics["objective/kl"] > (args.max_kl or math.inf)
+        reason = f"the KL is {metrics['objective/kl']:.1f}, more than --max_kl {args.max_kl}" if far else None
         end_of_update(args, update + 1, models, optimizers, launched, bad, reason)
 
     save(policy, tokenizer, Path(args.output_dir, "final"))

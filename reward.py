@@ -383,7 +383,8 @@ def load_tokenizer(name):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        sys.exit(f"{STAGE}: no tokenizer at {name}, neither as a folder nor on the hub: {str(error).splitlines()[0]}")
+        sys.exit(f"{STAGE}: no tokenizer at {name}, neither as a folder nor on the hub ({str(error).splitlines()[0]}); give a local "
+                 "folder, or log in with `hf auth login` where the model is gated")
     if tokenizer.eos_token_id is None:
         sys.exit(f"{STAGE}: the tokenizer of {name} has no EOS token, so a response could never end; set its eos_token")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):

@@ -382,7 +382,8 @@ def load_tokenizer(name):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        sys.exit(f"{STAGE}: no tokenizer at {name}, neither as a folder nor on the hub: {str(error).splitlines()[0]}")
+        sys.exit(f"{STAGE}: no tokenizer at {name}, neither as a folder nor on the hub ({str(error).splitlines()[0]}); give a local "
+                 "folder, or log in with `hf auth login` where the model is gated")
     if tokenizer.eos_token_id is None:
         sys.exit(f"{STAGE}: the tokenizer of {name} has no EOS token, so a response could never end; set its eos_token")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -818,8 +819,8 @@ def main(argv=None):
             optimizer.step()
         optimizer.zero_grad()
 
-        metrics = {"update": update + 1, "skipped": int(bad > 0), "episodes": (update + 1) * args.batch_size, **all_sum({"loss": loss}, device),
-                   "norm/grad": norm.item(), "lr": optimizer.param_groups[0]["lr"],
+        metrics = {"update": update + 1, "skipped": int(bad > 0), "episodes": (update + 1) * args.batch_size,
+                   **all_sum({"loss": loss}, device), "norm/grad": norm.item(), "lr": optimizer.param_groups[0]["lr"],
                    "tokens_per_s": tokens / (time.perf_counter() - began)}
         if update + 1 == updates or args.eval_every and (update + 1) % args.eval_every == 0:
             metrics |= held_out_loss(model, held_out, args, tokenizer.pad_token_id, device)
