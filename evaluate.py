@@ -557,7 +557,7 @@ def start(args):
     store = next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # after a restart by torchrun the store has the dead run's addresses still
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -571,17 +571,39 @@ def finish():
     dist.destroy_process_group()
 
 
-def load(auto_class, name, tokenizer, **options):
+def shared(value):
+    """Rank 0's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def load(auto_class, name, tokenizer, everywhere=False, **options):
     """A model from a folder or the hub that fits the tokenizer, and the names of the weights that were not found there.
-    From safetensors alone: other formats can run code when they are opened."""
-    try:
-        model, report = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
-    except Exception as error:  # safetensors has errors of its own
-        sys.exit(f"{STAGE}: cannot load {name}, neither as a folder nor from the hub: {(str(error).splitlines() or [repr(error)])[0]}")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model, report["missing_keys"]
+    From safetensors alone: other formats can run code when they are opened.
+
+    Rank 0 alone reads the weights, into the memory of the CPU; the other ranks get a model without storage, on the
+    device "meta", for `shard` to fill. `everywhere`: every rank reads a whole model.
+    """
+    found = None
+    if everywhere or dist.get_rank() == 0:
+        try:
+            model, report = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
+            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                with torch.random.fork_rng():
+                    torch.manual_seed(0)  # loaded twice, as policy and as reference, it is the same model
+                    model.resize_token_embeddings(len(tokenizer))
+            model.config.pad_token_id = tokenizer.pad_token_id
+            found = model.config, report["missing_keys"]
+        except Exception as error:  # safetensors has errors of its own
+            found = (str(error).splitlines() or [repr(error)])[0]
+    found = found if everywhere else shared(found)
+    if isinstance(found, str):
+        sys.exit(f"{STAGE}: cannot load {name}, neither as a folder nor from the hub: {found}")
+    if not everywhere and dist.get_rank() > 0:
+        with torch.device("meta"):
+            model = auto_class.from_config(found[0], dtype=options["dtype"])
+    return model, found[1]
 # ---- end of processes ----
 
 
@@ -604,7 +626,6 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     return (choice if tokens is None else tokens.gather(1, choice)).squeeze(1)
 
 
-@torch.no_grad()
 def generate(model, queries, query_mask, args, tokenizer, generator):
     """Samples a response to each query -> responses (B, T) right-padded, mask (B, T) True up to EOS, EOS included.
 
@@ -614,18 +635,19 @@ def generate(model, queries, query_mask, args, tokenizer, generator):
     positions = (query_mask.long().cumsum(1) - 1).clamp(min=0)
     running = torch.ones(len(queries), dtype=torch.bool, device=queries.device)
     responses, mask = [], []
-    while len(responses) < args.max_response_length and running.any():
-        output = model(input_ids=inputs, attention_mask=attention.long(), position_ids=positions, past_key_values=cache,
-                       use_cache=True, logits_to_keep=1)
-        logits, cache = output.logits[:, -1], output.past_key_values
-        logits[:, tokenizer.pad_token_id] = -math.inf
-        token = sample(logits, args.temperature, args.top_k, args.top_p, generator)
-        responses.append(token.where(running, tokenizer.pad_token_id))
-        mask.append(running)
-        running = running & (token != tokenizer.eos_token_id)
-        inputs, positions = responses[-1][:, None], positions[:, -1:] + 1
-        attention = torch.cat([attention, mask[-1][:, None]], 1)
-    return torch.stack(responses, 1), torch.stack(mask, 1)
+    with torch.inference_mode():
+        while len(responses) < args.max_response_length and running.any():
+            output = model(input_ids=inputs, attention_mask=attention.long(), position_ids=positions, past_key_values=cache,
+                           use_cache=True, logits_to_keep=1)
+            logits, cache = output.logits[:, -1], output.past_key_values
+            logits[:, tokenizer.pad_token_id] = -math.inf
+            token = sample(logits, args.temperature, args.top_k, args.top_p, generator)
+            responses.append(token.where(running, tokenizer.pad_token_id))
+            mask.append(running)
+            running = running & (token != tokenizer.eos_token_id)
+            inputs, positions = responses[-1][:, None], positions[:, -1:] + 1
+            attention = torch.cat([attention, mask[-1][:, None]], 1)
+    return torch.stack(responses, 1), torch.stack(mask, 1)  # outside inference mode: they enter backward passes
 # ---- end of generation ----
 
 
@@ -782,12 +804,11 @@ def generate_command(args):
         others = {row["policy"] for row in before} - {args.policy}
         if others or done - {name(*item) for item in items}:
             sys.exit(f"{STAGE}: {args.output} has answers of {others.pop() if others else 'other options'}; name another --output")
-    shared = [done]
-    dist.broadcast_object_list(shared)
+    done = shared(done)
     # an unfinished batch is sampled anew, whole: its random numbers depend on its place alone, not on who does it when
-    left = [(place, batch) for place, batch in enumerate(batches) if any(name(*item) not in shared[0] for item in batch)]
+    left = [(place, batch) for place, batch in enumerate(batches) if any(name(*item) not in done for item in batch)]
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    model = load(AutoModelForCausalLM, args.policy, tokenizer, dtype=dtype)[0].to(device).eval()
+    model = load(AutoModelForCausalLM, args.policy, tokenizer, everywhere=True, dtype=dtype)[0].to(device).eval()
     for step in tqdm(range(0, len(left), world), desc="generate", unit="batch", disable=rank > 0):
         answers = []
         for place, batch in left[step:step + world][rank:rank + 1]:
@@ -807,7 +828,7 @@ def generate_command(args):
         gathered = [None] * world
         dist.all_gather_object(gathered, answers)
         for row in sum(gathered, []) if rank == 0 else ():
-            if (row["temperature"], row["sample"], row["prompt"]) not in shared[0]:
+            if (row["temperature"], row["sample"], row["prompt"]) not in done:
                 append(args.output, row)
     say(f"{len(items)} answers are in {args.output}")
     finish()
@@ -820,7 +841,7 @@ def reward_of(args):
         return lambda prompts, answers, ended, rows: function(prompts, answers, rows)
     tokenizer = load_tokenizer(args.reward)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, missing = load(AutoModelForSequenceClassification, args.reward, tokenizer, dtype=torch.float32)
+    model, missing = load(AutoModelForSequenceClassification, args.reward, tokenizer, everywhere=True, dtype=torch.float32)
     if model.config.num_labels != 1 or missing:
         sys.exit(f"{STAGE}: {args.reward} is no reward model: it has no trained head of one label")
     model.to(device).eval()

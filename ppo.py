@@ -9,7 +9,6 @@
 Leaves runs/<task>/<stage>/: final/ and final/critic/ (Hugging Face format), metrics.jsonl, samples.jsonl, args.json.
 """
 import argparse
-import copy
 import fcntl
 import functools
 import hashlib
@@ -25,6 +24,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +38,9 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser,
                           PreTrainedTokenizerFast)
@@ -141,6 +143,9 @@ class Args:
     eval_every: int = arg(25, "updates between evaluations on held-out prompts; 0: only at the start and the end")
     eval_size: int = arg(64, "held-out prompts per evaluation")
     dtype: Literal["fp32", "bf16"] = arg("fp32", "forward and backward precision; trained weights and reductions stay fp32")
+    gradient_checkpointing: bool = arg(False, "keep only each layer's input for the backward pass and compute the rest again: "
+                                              "less memory, a third more time")
+    cpu_offload: bool = arg(False, "keep weights, gradients and optimizer states in the CPU's memory, a layer at a time on the GPU")
     replicate: int = arg(1, "HSDP: number of full copies of the weights, e.g. the number of machines")
     save_every: int = arg(0, "updates between checkpoints to resume from; 0: one when a signal or a limit stops the run")
     keep: int = arg(2, "checkpoints that stay, the newest ones")
@@ -511,7 +516,7 @@ def start(args):
     store = next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # after a restart by torchrun the store has the dead run's addresses still
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -525,49 +530,97 @@ def finish():
     dist.destroy_process_group()
 
 
-def load(auto_class, name, tokenizer, **options):
+def shared(value):
+    """Rank 0's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def load(auto_class, name, tokenizer, everywhere=False, **options):
     """A model from a folder or the hub that fits the tokenizer, and the names of the weights that were not found there.
-    From safetensors alone: other formats can run code when they are opened."""
-    try:
-        model, report = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
-    except Exception as error:  # safetensors has errors of its own
-        sys.exit(f"{STAGE}: cannot load {name}, neither as a folder nor from the hub: {(str(error).splitlines() or [repr(error)])[0]}")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model, report["missing_keys"]
+    From safetensors alone: other formats can run code when they are opened.
+
+    Rank 0 alone reads the weights, into the memory of the CPU; the other ranks get a model without storage, on the
+    device "meta", for `shard` to fill. `everywhere`: every rank reads a whole model.
+    """
+    found = None
+    if everywhere or dist.get_rank() == 0:
+        try:
+            model, report = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
+            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                with torch.random.fork_rng():
+                    torch.manual_seed(0)  # loaded twice, as policy and as reference, it is the same model
+                    model.resize_token_embeddings(len(tokenizer))
+            model.config.pad_token_id = tokenizer.pad_token_id
+            found = model.config, report["missing_keys"]
+        except Exception as error:  # safetensors has errors of its own
+            found = (str(error).splitlines() or [repr(error)])[0]
+    found = found if everywhere else shared(found)
+    if isinstance(found, str):
+        sys.exit(f"{STAGE}: cannot load {name}, neither as a folder nor from the hub: {found}")
+    if not everywhere and dist.get_rank() > 0:
+        with torch.device("meta"):
+            model = auto_class.from_config(found[0], dtype=options["dtype"])
+    return model, found[1]
 # ---- end of processes ----
 
 
 # Copied from sft.py
 # ---- distribution ----
+def fill(unit, device):
+    """Puts rank 0's parameters and buffers into a part of a model, on every rank; tied ones stay tied."""
+    filled = {}
+    for module in unit.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None or isinstance(old, DTensor):  # sharded before, as a part of this part
+                    continue
+                if old not in filled:
+                    new = torch.empty_like(old, device=device) if old.is_meta else old.detach().to(device).contiguous()
+                    dist.broadcast(new, 0)
+                    filled[old] = torch.nn.Parameter(new, old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
+                tensors[name] = filled[old]
+
+
 def shard(model, args, device):
-    """FSDP2: every decoder layer is a unit, the root (with embeddings and head, tied or not) the last one. Dropout is
-    off, in training too: PPO compares probabilities of the same model at two times."""
-    world, precision = dist.get_world_size(), MixedPrecisionPolicy()
-    mesh = (init_device_mesh(device.type, (world,)) if args.replicate == 1 else init_device_mesh(
+    """FSDP2: every decoder layer is a unit, the root (with embeddings and head, tied or not) the last one. They are filled
+    with rank 0's weights one after the other, so that no other rank ever holds more than its shards and one unit.
+
+    Dropout is off, in training too: PPO compares probabilities of the same model at two times.
+    """
+    world, options = dist.get_world_size(), {}
+    options["mesh"] = (init_device_mesh(device.type, (world,)) if args.replicate == 1 else init_device_mesh(
         device.type, (args.replicate, world // args.replicate), mesh_dim_names=("replicate", "shard")))
     if args.dtype == "bf16":
-        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if args.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    trained = any(parameter.requires_grad for parameter in model.parameters())
     layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     for unit in (*layers, model):
-        fully_shard(unit, mesh=mesh, mp_policy=precision)
+        if args.gradient_checkpointing and unit is not model:  # not Hugging Face's own, which is off where dropout is
+            unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
+        fill(unit, device)
+        # the root is needed first in the backward pass, so it stays gathered after the forward pass where there is one
+        fully_shard(unit, reshard_after_forward=unit is not model or not trained, **options)
     return model.eval()
 
 
 @contextmanager
 def unsharded(model):
-    """Gathers all weights of an FSDP2 model once and keeps them, so that the forwards inside make no collective call."""
+    """Gathers all weights of an FSDP2 model once and keeps them: the forwards inside, without gradients, make no collective
+    call. FSDP's hooks, which have nothing to do then, are set aside; they are a tenth of the time of a small model."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    model.set_reshard_after_forward(False)
+    hooks = [(unit._forward_pre_hooks, unit._forward_hooks) for unit in units]
     for unit in units:
         unit.unshard()
+        unit._forward_pre_hooks, unit._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
-        for unit in units:
+        for unit, (unit._forward_pre_hooks, unit._forward_hooks) in zip(units, hooks):
             unit.reshard()
-        model.set_reshard_after_forward(True)
 
 
 def all_sum(figures, device):
@@ -643,7 +696,7 @@ def progress(items, rank):
 # ---- checkpoints ----
 STOP = []  # the signal that asks this process to save and end
 MAY_CHANGE = ("updates epochs eval_every eval_size save_every keep resume max_hours max_bad_updates max_kl micro_batch_size "
-              "print_args replicate output_dir").split()
+              "print_args replicate output_dir gradient_checkpointing cpu_offload").split()
 
 
 def catch_signals():
@@ -660,13 +713,6 @@ def digest(path):
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         return [os.path.getsize(path), hashlib.file_digest(file, "blake2b").hexdigest()]
-
-
-def shared(value):
-    """Rank 0's value, on every rank."""
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
 
 
 def save_checkpoint(args, update, models, optimizers):
@@ -808,7 +854,6 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     return (choice if tokens is None else tokens.gather(1, choice)).squeeze(1)
 
 
-@torch.no_grad()
 def generate(model, queries, query_mask, args, tokenizer, generator):
     """Samples a response to each query -> responses (B, T) right-padded, mask (B, T) True up to EOS, EOS included.
 
@@ -818,48 +863,70 @@ def generate(model, queries, query_mask, args, tokenizer, generator):
     positions = (query_mask.long().cumsum(1) - 1).clamp(min=0)
     running = torch.ones(len(queries), dtype=torch.bool, device=queries.device)
     responses, mask = [], []
-    while len(responses) < args.max_response_length and running.any():
-        output = model(input_ids=inputs, attention_mask=attention.long(), position_ids=positions, past_key_values=cache,
-                       use_cache=True, logits_to_keep=1)
-        logits, cache = output.logits[:, -1], output.past_key_values
-        logits[:, tokenizer.pad_token_id] = -math.inf
-        token = sample(logits, args.temperature, args.top_k, args.top_p, generator)
-        responses.append(token.where(running, tokenizer.pad_token_id))
-        mask.append(running)
-        running = running & (token != tokenizer.eos_token_id)
-        inputs, positions = responses[-1][:, None], positions[:, -1:] + 1
-        attention = torch.cat([attention, mask[-1][:, None]], 1)
-    return torch.stack(responses, 1), torch.stack(mask, 1)
+    with torch.inference_mode():
+        while len(responses) < args.max_response_length and running.any():
+            output = model(input_ids=inputs, attention_mask=attention.long(), position_ids=positions, past_key_values=cache,
+                           use_cache=True, logits_to_keep=1)
+            logits, cache = output.logits[:, -1], output.past_key_values
+            logits[:, tokenizer.pad_token_id] = -math.inf
+            token = sample(logits, args.temperature, args.top_k, args.top_p, generator)
+            responses.append(token.where(running, tokenizer.pad_token_id))
+            mask.append(running)
+            running = running & (token != tokenizer.eos_token_id)
+            inputs, positions = responses[-1][:, None], positions[:, -1:] + 1
+            attention = torch.cat([attention, mask[-1][:, None]], 1)
+    return torch.stack(responses, 1), torch.stack(mask, 1)  # outside inference mode: they enter backward passes
 # ---- end of generation ----
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(logits / temperature) of the chosen tokens, and the entropy (no gradient): logits (N, V), tokens (N,)
-    -> (N,), (N,). In fp32, `chunk` rows at a time, forward and backward: an fp32 copy of all the logits never exists."""
-    chunk = 256
+    """log softmax(logits / temperature) of the chosen tokens, and the entropy (no gradient): inputs (N, H), the weight of the
+    model's head (V, H), tokens (N,) -> (N,), (N,). With weight None the inputs are the logits (N, V) themselves.
+
+    `chunk` rows at a time in one buffer, computed anew in the backward pass, in fp32 but for the matrix products, which
+    are in the dtype of the inputs: neither all logits nor their gradients ever exist together.
+    """
+    chunk = 128
 
     @staticmethod
-    def forward(ctx, logits, tokens, temperature):
-        logprobs, entropy, ctx.temperature = [], [], temperature
-        for rows, chosen in zip(logits.split(TokenLogprobs.chunk), tokens.split(TokenLogprobs.chunk)):
-            logp = (rows.float() / temperature).log_softmax(-1)
-            logprobs.append(logp.gather(1, chosen[:, None]).squeeze(1))
-            entropy.append(-(logp.exp() * logp.clamp(min=-1e4)).sum(-1))  # clamp: 0 * -inf where a logit is -inf
-        ctx.save_for_backward(logits, tokens)
-        entropy = torch.cat(entropy)
+    def chunks(inputs, weight, temperature):
+        """-> slices of the rows with their logits / temperature in fp32, which the caller may overwrite, and their softmax."""
+        buffers = [inputs.new_empty(min(TokenLogprobs.chunk, len(inputs)), len(inputs.T if weight is None else weight), dtype=dtype)
+                   for dtype in (inputs.dtype, torch.float32)]
+        for i in range(0, len(inputs), TokenLogprobs.chunk):
+            rows = inputs[i:i + TokenLogprobs.chunk]
+            out, p = (buffer[:len(rows)] for buffer in buffers)
+            logits = (out.copy_(rows) if weight is None else torch.mm(rows, weight.T, out=out)).float()
+            logits = logits if temperature == 1 else logits.div_(temperature)
+            yield slice(i, i + len(rows)), logits, torch.softmax(logits, 1, out=p)
+
+    @staticmethod
+    def forward(ctx, inputs, weight, tokens, temperature, with_entropy=True):
+        logprobs, entropy = torch.zeros(2, len(tokens), device=tokens.device)
+        for part, logits, p in TokenLogprobs.chunks(inputs, weight, temperature):
+            log_total = logits.amax(1) - p.amax(1).log()  # log sum exp, from two numbers that are never tiny
+            logprobs[part] = logits.gather(1, tokens[part, None]).squeeze(1) - log_total
+            if with_entropy:
+                entropy[part] = log_total - torch.linalg.vecdot(p, logits.clamp_(min=torch.finfo(torch.float32).min))  # no 0 * -inf
+        ctx.save_for_backward(inputs, weight, tokens)
+        ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
-        return torch.cat(logprobs), entropy
+        return logprobs, entropy
 
     @staticmethod
     def backward(ctx, gradient, _):
-        logits, tokens = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        for i in range(0, len(tokens), TokenLogprobs.chunk):
-            part = slice(i, i + TokenLogprobs.chunk)
-            p = (logits[part].float() / ctx.temperature).softmax(-1).neg_()
-            p.scatter_add_(1, tokens[part, None], torch.ones_like(p[:, :1]))  # one-hot - softmax
-            result[part] = p * (gradient[part, None] / ctx.temperature)
-        return result, None, None
+        inputs, weight, tokens = ctx.saved_tensors
+        to_inputs = torch.empty_like(inputs)
+        to_weight = None if weight is None else torch.zeros_like(weight)
+        gradient = (gradient[:, None] / -ctx.temperature).to(inputs.dtype)
+        for part, _, p in TokenLogprobs.chunks(inputs, weight, ctx.temperature):
+            change = p.scatter_add_(1, tokens[part, None], p.new_full((len(p), 1), -1)).to(inputs.dtype)  # softmax - one-hot
+            if weight is None:
+                torch.mul(change, gradient[part], out=to_inputs[part])
+            else:
+                torch.mm(change, weight, out=to_inputs[part]).mul_(gradient[part])
+                to_weight.addmm_(change.T, inputs[part] * gradient[part])
+        return to_inputs, to_weight, None, None, None
 
 
 def model_inputs(queries, query_mask, responses, mask):
@@ -870,11 +937,32 @@ def model_inputs(queries, query_mask, responses, mask):
     return {"input_ids": torch.cat([queries, responses], 1)[:, :-1], "attention_mask": attention, "position_ids": positions}
 
 
-def response_logprobs(model, queries, query_mask, responses, mask, temperature):
-    """-> log-probabilities of the responses' tokens and entropies of the distributions they come from, both (B, T)."""
-    inputs = model_inputs(queries, query_mask, responses, mask)
-    logits = model(**inputs, use_cache=False, logits_to_keep=responses.shape[1]).logits  # (B, T, V)
-    logprobs, entropy = TokenLogprobs.apply(logits.flatten(0, 1), responses.flatten(), temperature)
+def response_logprobs(model, queries, query_mask, responses, mask, temperature, with_entropy=True):
+    """-> log-probabilities of the responses' tokens and entropies of the distributions they come from, both (B, T).
+    Entropies are a tenth of the time; without them they are 0.
+
+    The model's head gives these two in place of logits, which at 256,000 tokens are most of the memory of an update. A
+    model that does something to its logits behind the head (Gemma 2 caps them) gets it done on all of them.
+    """
+    inputs = model_inputs(queries, query_mask, responses, mask) | {"use_cache": False, "logits_to_keep": responses.shape[1]}
+    head, made = model.get_output_embeddings(), []
+
+    def instead(hidden):  # (B, T, H) -> (B, T, 2)
+        pair = TokenLogprobs.apply(hidden.flatten(0, 1), head.weight, responses.flatten(), temperature, with_entropy)
+        made.append(torch.stack([x.view_as(responses) for x in pair], -1))
+        return made[0]
+
+    if head.bias is None and not getattr(model, "shapes_logits", False):
+        head.forward = instead
+        try:
+            logits = model(**inputs).logits
+        finally:
+            del head.forward
+        if logits is made[0]:
+            return logits.unbind(-1)
+        model.shapes_logits = True
+    logits = model(**inputs).logits  # (B, T, V)
+    logprobs, entropy = TokenLogprobs.apply(logits.flatten(0, 1), None, responses.flatten(), temperature, with_entropy)
     return logprobs.view_as(responses), entropy.view_as(responses)
 
 
@@ -935,7 +1023,7 @@ def model_reward(name, tokenizer, args, device):
     if model.config.num_labels != 1 or missing:
         sys.exit(f"{STAGE}: {name} is no reward model: it has {model.config.num_labels} label(s) instead of one, or no trained "
                  f"head (weights not found: {', '.join(sorted(missing)) or 'none'})")
-    shard(model, args, device)
+    shard(model.requires_grad_(False), args, device)
 
     def tokens(row, response):
         if same:
@@ -945,11 +1033,13 @@ def model_reward(name, tokenizer, args, device):
 
     @torch.no_grad()
     def score(rows, responses):
-        sequences, scores = [tokens(row, response) for row, response in zip(rows, responses)], []
+        sequences, scores = [tokens(row, response) for row, response in zip(rows, responses)], torch.zeros(len(rows), device=device)
+        longest_first = sorted(range(len(rows)), key=lambda i: -len(sequences[i]))
         for i in range(0, len(rows), args.micro_batch_size):
-            ids, mask = pad(sequences[i:i + args.micro_batch_size], own.pad_token_id, device)
-            scores.append(model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float())
-        return torch.cat(scores)
+            part = longest_first[i:i + args.micro_batch_size]
+            ids, mask = pad([sequences[k] for k in part], own.pad_token_id, device)
+            scores[part] = model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float()
+        return scores
     return score
 
 
@@ -964,30 +1054,50 @@ def token_rewards(logprobs, ref_logprobs, scores, mask, kl_coef):
     return penalty.scatter_add(1, mask.sum(1, keepdim=True) - 1, scores[:, None].to(penalty))
 
 
+def micro_batches(rollout, size):
+    """The rows of a rollout, `size` at a time, the longest first -> pairs of their indices and of a dict of their part of
+    each tensor, without the columns that are padding for all of them."""
+    query_mask, mask = rollout["query_mask"], rollout["mask"]
+    for rows in (query_mask.sum(1) + mask.sum(1)).argsort(descending=True, stable=True).split(size):
+        Q, T = query_mask[rows].sum(1).max(), mask[rows].sum(1).max()
+        columns = {"queries": slice(-Q, None), "query_mask": slice(-Q, None)}
+        yield rows, {name: x[rows, columns.get(name, slice(T))] if x.dim() > 1 else x[rows] for name, x in rollout.items()}
+
+
 @torch.no_grad()
-def make_rollout(rows, generator, policy, ref, critic, score, args, tokenizer, device):
+def make_rollout(rows, generator, policy, ref, critic, score, args, tokenizer, device, training=False):
     """Samples a response to each row's prompt and judges it -> the rollout, a dict of tensors, and seconds by phase.
 
     queries, query_mask (B, Q) · responses, mask, logprobs, ref_logprobs, entropy, values, rewards (B, T) · scores (B,) as
-    they enter the rewards, raw_scores (B,) before --score_clip.
+    they enter the rewards, raw_scores (B,) before --score_clip. `training`, with all rows in one micro-batch: the update's
+    first forward pass would be the same as that of the rollout, so this one is kept for it, as new_logprobs and new_values.
     """
     began = time.perf_counter()
     queries, query_mask = pad([row["ids"] for row in rows], tokenizer.pad_token_id, device, left=True)  # (B, Q)
     with unsharded(policy):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        gathered = time.perf_counter()
         responses, mask = generate(policy, queries, query_mask, args, tokenizer, generator)
     sampled = time.perf_counter()
-    parts = []
-    for i in range(0, len(rows), args.micro_batch_size):
-        batch = [tensor[i:i + args.micro_batch_size] for tensor in (queries, query_mask, responses, mask)]
-        parts.append((*response_logprobs(policy, *batch, args.temperature),
-                      response_logprobs(ref, *batch, args.temperature)[0], response_values(critic, *batch)))
-    logprobs, entropy, ref_logprobs, values = (torch.cat(part).masked_fill(~mask, 0) for part in zip(*parts))
+    rollout = {"queries": queries, "query_mask": query_mask, "responses": responses, "mask": mask}
+    logprobs, entropy, ref_logprobs, values = torch.zeros(4, *mask.shape, device=device)
+    for i, part in micro_batches(rollout, args.micro_batch_size):
+        batch, columns = part.values(), slice(part["mask"].shape[1])
+        with torch.set_grad_enabled(training and len(i) == len(rows)):
+            new_logprobs, new_entropy = response_logprobs(policy, *batch, args.temperature)
+            new_values = response_values(critic, *batch)
+        logprobs[i, columns], entropy[i, columns], values[i, columns] = new_logprobs.detach(), new_entropy.detach(), new_values.detach()
+        ref_logprobs[i, columns] = response_logprobs(ref, *batch, args.temperature, False)[0]
+    logprobs, entropy, ref_logprobs, values = (x.masked_fill(~mask, 0) for x in (logprobs, entropy, ref_logprobs, values))
     raw_scores = score(rows, [response[real].tolist() for response, real in zip(responses, mask)])
     scores = raw_scores if args.score_clip is None else raw_scores.clamp(-args.score_clip, args.score_clip)
-    rollout = {"queries": queries, "query_mask": query_mask, "responses": responses, "mask": mask, "logprobs": logprobs,
-               "ref_logprobs": ref_logprobs, "entropy": entropy, "values": values, "scores": scores,
-               "raw_scores": raw_scores, "rewards": token_rewards(logprobs, ref_logprobs, scores, mask, args.kl_coef)}
-    return rollout, {"time/rollout": sampled - began, "time/score": time.perf_counter() - sampled}
+    rollout |= {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "entropy": entropy, "values": values, "scores": scores,
+                "raw_scores": raw_scores, "rewards": token_rewards(logprobs, ref_logprobs, scores, mask, args.kl_coef)}
+    if new_logprobs.requires_grad:
+        with torch.enable_grad():  # back into the order of `rows`
+            rollout |= {"new_logprobs": new_logprobs[i.argsort()], "new_values": new_values[i.argsort()]}
+    return rollout, {"time/gather": gathered - began, "time/rollout": sampled - began, "time/score": time.perf_counter() - sampled}
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -1062,13 +1172,13 @@ def update_models(policy, critic, optimizers, rollout, args, device):
     sums = dict.fromkeys(("policy/loss", "policy/approxkl", "policy/clipfrac", "value/loss", "value/clipfrac"), 0.0)
     metrics, deviation = {}, torch.zeros((), device=device)
     for epoch in range(args.ppo_epochs):
-        for i in range(0, len(mask), args.micro_batch_size):
-            part = {name: tensor[i:i + args.micro_batch_size] for name, tensor in rollout.items()}
+        for _, part in micro_batches(rollout, args.micro_batch_size):
             batch = [part[name] for name in ("queries", "query_mask", "responses", "mask")]
-            new_logprobs, _ = response_logprobs(policy, *batch, args.temperature)
+            kept = epoch == 0 and "new_logprobs" in part
+            new_logprobs = part["new_logprobs"] if kept else response_logprobs(policy, *batch, args.temperature, False)[0]
             loss, figures = policy_loss(new_logprobs, part["logprobs"], part["advantages"], part["mask"], args.clip_ratio)
             (loss * world / tokens).backward()  # FSDP averages over the ranks; the loss is a sum
-            new_values = response_values(critic, *batch)
+            new_values = part["new_values"] if kept else response_values(critic, *batch)
             critic_loss, more = value_loss(new_values, part["values"], part["returns"], part["mask"], args.clip_value)
             (critic_loss * world / tokens).backward()
             for name, value in {"policy/loss": loss.item(), "value/loss": critic_loss.item(), **figures, **more}.items():
@@ -1209,11 +1319,12 @@ def main(argv=None):
     if args.max_prompt_length + args.max_response_length > limit:
         sys.exit(f"{STAGE}: {policy_name} has {limit} positions, too few for --max_prompt_length {args.max_prompt_length} and "
                  f"--max_response_length {args.max_response_length}")
-    ref = copy.deepcopy(policy)
+    policy = shard(policy, args, device)
+    ref = load(AutoModelForCausalLM, policy_name, tokenizer, dtype=torch.float32)[0].requires_grad_(False)
     if args.dtype == "bf16":
         for parameter in ref.parameters():  # not the buffers: rotary frequencies stay fp32, as they do in the policy
             parameter.data = parameter.data.bfloat16()
-    policy, ref = shard(policy, args, device), shard(ref, args, device)
+    ref = shard(ref, args, device)
     critic_name = args.critic or reward_name
     if not critic_name or load_tokenizer(critic_name).get_vocab() != tokenizer.get_vocab():
         say("the critic starts from the policy, with a new head: the reward has no model that reads the policy's tokens")
@@ -1222,7 +1333,7 @@ def main(argv=None):
     critic = shard(Critic(critic), args, device)
     score = rule_reward(function, tokenizer, device) if function else model_reward(reward_name, tokenizer, args, device)
     lock = open_output(args)  # held until main returns
-    optimizers = [torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
                   for model, lr in ((policy, args.policy_lr), (critic, args.critic_lr))]
     say(f"{len(train)} prompts, {updates} updates of {args.batch_size} responses on {world} process(es), {device.type}")
     roll = functools.partial(make_rollout, policy=policy, ref=ref, critic=critic, score=score, args=args, tokenizer=tokenizer,
@@ -1237,7 +1348,7 @@ def main(argv=None):
     for update in bar:
         began = time.perf_counter()
         rows = [train[i] for i in batch_indices(update, len(train), args.batch_size, args.seed)[rank::world]]
-        rollout, metrics = roll(rows, seeded(device, args.seed, update, rank))
+        rollout, metrics = roll(rows, seeded(device, args.seed, update, rank), training=True)
         texts = tokenizer.batch_decode(rollout["responses"], skip_special_tokens=True)
 
         scored = time.perf_counter()

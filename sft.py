@@ -8,6 +8,7 @@ Leaves runs/<task>/sft/: final/ (Hugging Face format), metrics.jsonl, samples.js
 """
 import argparse
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -18,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +34,9 @@ import torch.nn.functional as F
 import transformers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, PreTrainedTokenizerFast
 
@@ -115,6 +119,9 @@ class Args:
     eval_every: int = arg(50, "updates between evaluations on held-out rows; 0: only at the end")
     eval_size: int = arg(256, "held-out rows per evaluation")
     dtype: Literal["fp32", "bf16"] = arg("fp32", "forward and backward precision; weights and reductions stay fp32")
+    gradient_checkpointing: bool = arg(False, "keep only each layer's input for the backward pass and compute the rest again: "
+                                              "less memory, a third more time")
+    cpu_offload: bool = arg(False, "keep weights, gradients and optimizer states in the CPU's memory, a layer at a time on the GPU")
     replicate: int = arg(1, "HSDP: number of full copies of the weights, e.g. the number of machines")
     save_every: int = arg(0, "updates between checkpoints to resume from; 0: one when a signal or a limit stops the run")
     keep: int = arg(2, "checkpoints that stay, the newest ones")
@@ -437,7 +444,7 @@ def start(args):
     store = next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # after a restart by torchrun the store has the dead run's addresses still
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -451,48 +458,96 @@ def finish():
     dist.destroy_process_group()
 
 
-def load(auto_class, name, tokenizer, **options):
+def shared(value):
+    """Rank 0's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def load(auto_class, name, tokenizer, everywhere=False, **options):
     """A model from a folder or the hub that fits the tokenizer, and the names of the weights that were not found there.
-    From safetensors alone: other formats can run code when they are opened."""
-    try:
-        model, report = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
-    except Exception as error:  # safetensors has errors of its own
-        sys.exit(f"{STAGE}: cannot load {name}, neither as a folder nor from the hub: {(str(error).splitlines() or [repr(error)])[0]}")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model, report["missing_keys"]
+    From safetensors alone: other formats can run code when they are opened.
+
+    Rank 0 alone reads the weights, into the memory of the CPU; the other ranks get a model without storage, on the
+    device "meta", for `shard` to fill. `everywhere`: every rank reads a whole model.
+    """
+    found = None
+    if everywhere or dist.get_rank() == 0:
+        try:
+            model, report = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
+            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                with torch.random.fork_rng():
+                    torch.manual_seed(0)  # loaded twice, as policy and as reference, it is the same model
+                    model.resize_token_embeddings(len(tokenizer))
+            model.config.pad_token_id = tokenizer.pad_token_id
+            found = model.config, report["missing_keys"]
+        except Exception as error:  # safetensors has errors of its own
+            found = (str(error).splitlines() or [repr(error)])[0]
+    found = found if everywhere else shared(found)
+    if isinstance(found, str):
+        sys.exit(f"{STAGE}: cannot load {name}, neither as a folder nor from the hub: {found}")
+    if not everywhere and dist.get_rank() > 0:
+        with torch.device("meta"):
+            model = auto_class.from_config(found[0], dtype=options["dtype"])
+    return model, found[1]
 # ---- end of processes ----
 
 
 # ---- distribution ----
+def fill(unit, device):
+    """Puts rank 0's parameters and buffers into a part of a model, on every rank; tied ones stay tied."""
+    filled = {}
+    for module in unit.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None or isinstance(old, DTensor):  # sharded before, as a part of this part
+                    continue
+                if old not in filled:
+                    new = torch.empty_like(old, device=device) if old.is_meta else old.detach().to(device).contiguous()
+                    dist.broadcast(new, 0)
+                    filled[old] = torch.nn.Parameter(new, old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
+                tensors[name] = filled[old]
+
+
 def shard(model, args, device):
-    """FSDP2: every decoder layer is a unit, the root (with embeddings and head, tied or not) the last one. Dropout is
-    off, in training too: PPO compares probabilities of the same model at two times."""
-    world, precision = dist.get_world_size(), MixedPrecisionPolicy()
-    mesh = (init_device_mesh(device.type, (world,)) if args.replicate == 1 else init_device_mesh(
+    """FSDP2: every decoder layer is a unit, the root (with embeddings and head, tied or not) the last one. They are filled
+    with rank 0's weights one after the other, so that no other rank ever holds more than its shards and one unit.
+
+    Dropout is off, in training too: PPO compares probabilities of the same model at two times.
+    """
+    world, options = dist.get_world_size(), {}
+    options["mesh"] = (init_device_mesh(device.type, (world,)) if args.replicate == 1 else init_device_mesh(
         device.type, (args.replicate, world // args.replicate), mesh_dim_names=("replicate", "shard")))
     if args.dtype == "bf16":
-        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if args.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    trained = any(parameter.requires_grad for parameter in model.parameters())
     layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     for unit in (*layers, model):
-        fully_shard(unit, mesh=mesh, mp_policy=precision)
+        if args.gradient_checkpointing and unit is not model:  # not Hugging Face's own, which is off where dropout is
+            unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
+        fill(unit, device)
+        # the root is needed first in the backward pass, so it stays gathered after the forward pass where there is one
+        fully_shard(unit, reshard_after_forward=unit is not model or not trained, **options)
     return model.eval()
 
 
 @contextmanager
 def unsharded(model):
-    """Gathers all weights of an FSDP2 model once and keeps them, so that the forwards inside make no collective call."""
+    """Gathers all weights of an FSDP2 model once and keeps them: the forwards inside, without gradients, make no collective
+    call. FSDP's hooks, which have nothing to do then, are set aside; they are a tenth of the time of a small model."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    model.set_reshard_after_forward(False)
+    hooks = [(unit._forward_pre_hooks, unit._forward_hooks) for unit in units]
     for unit in units:
         unit.unshard()
+        unit._forward_pre_hooks, unit._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
-        for unit in units:
+        for unit, (unit._forward_pre_hooks, unit._forward_hooks) in zip(units, hooks):
             unit.reshard()
-        model.set_reshard_after_forward(True)
 
 
 def all_sum(figures, device):
@@ -567,7 +622,7 @@ def progress(items, rank):
 # ---- checkpoints ----
 STOP = []  # the signal that asks this process to save and end
 MAY_CHANGE = ("updates epochs eval_every eval_size save_every keep resume max_hours max_bad_updates max_kl micro_batch_size "
-              "print_args replicate output_dir").split()
+              "print_args replicate output_dir gradient_checkpointing cpu_offload").split()
 
 
 def catch_signals():
@@ -584,13 +639,6 @@ def digest(path):
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         return [os.path.getsize(path), hashlib.file_digest(file, "blake2b").hexdigest()]
-
-
-def shared(value):
-    """Rank 0's value, on every rank."""
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
 
 
 def save_checkpoint(args, update, models, optimizers):
@@ -796,7 +844,7 @@ def main(argv=None):
 
     lock = open_output(args)  # held until main returns
     model = shard(model, args, device)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     done, launched, bad, metrics = load_checkpoint(args, [model], [optimizer]), time.time(), 0, {}
     catch_signals()
     bar = progress(range(done, updates), rank)

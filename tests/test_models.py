@@ -196,7 +196,7 @@ def test_token_logprobs_and_their_gradient(chunk, monkeypatch):
     g = torch.Generator().manual_seed(0)
     logits = (torch.randn(10, 17, generator=g) * 3).requires_grad_()
     tokens, weights = torch.randint(17, (10,), generator=g), torch.randn(10, generator=g)
-    logprobs, entropy = ppo.TokenLogprobs.apply(logits, tokens, 0.7)
+    logprobs, entropy = ppo.TokenLogprobs.apply(logits, None, tokens, 0.7)
     (logprobs * weights).sum().backward()
     gradient, logits.grad = logits.grad, None
     logp = (logits / 0.7).log_softmax(-1)

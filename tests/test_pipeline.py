@@ -14,7 +14,7 @@ from conftest import ARCHITECTURES, SMALL, read_metrics, run
 
 STAGE_3_METRICS = """objective/kl objective/entropy objective/scores objective/rlhf_reward policy/loss policy/approxkl
 policy/clipfrac value/loss value/clipfrac value/explained_var val/ratio_dev norm/advantages norm/values norm/policy_grad
-norm/value_grad response/length response/eos_rate macro/length macro/count macro/parse_failures time/termination time/rollout time/score time/update tokens_per_s
+norm/value_grad response/length response/eos_rate macro/length macro/count macro/parse_failures time/termination time/gather time/rollout time/score time/update tokens_per_s
 lr update episodes skipped""".split()
 
 
