@@ -524,10 +524,16 @@ def start(args):
     return device, rank, world
 
 
-def finish():
-    """Every rank waits for the others, then all leave the process group."""
+def finish(status=0):
+    """Every rank waits for the others, then all leave the process group. Where there are several, this process ends here:
+    at the end of the interpreter threads of gloo may still run, and now and then abort a run that is done."""
+    alone = dist.get_world_size() == 1
     dist.barrier()
     dist.destroy_process_group()
+    if not alone:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def shared(value):
@@ -831,7 +837,7 @@ def end_of_update(args, update, models, optimizers, began, bad, reason=None):
     if wish:
         say(f"ends after update {update}: {wish[1]}. " + ("Weights are not finite, so no checkpoint was made; --resume goes on from the "
                                                          "one before" if broken else "--resume goes on from here"))
-        finish()
+        finish(wish[0])
         sys.exit(wish[0])
 # ---- end of checkpoints ----
 
