@@ -561,7 +561,7 @@ def start(args):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    torch.manual_seed(args.seed)  # the same on every rank: new heads must start equal
+    torch.manual_seed(args.seed)  # for the weights made here
     return device, rank, world
 
 

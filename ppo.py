@@ -520,7 +520,7 @@ def start(args):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    torch.manual_seed(args.seed)  # the same on every rank: new heads must start equal
+    torch.manual_seed(args.seed)  # for the weights made here
     return device, rank, world
 
 
@@ -591,7 +591,7 @@ def fill(unit, device):
 
 def shard(model, args, device):
     """FSDP2: every decoder layer is a unit, the root (with embeddings and head, tied or not) the last one. They are filled
-    with rank 0's weights one after the other, so that no other rank ever holds more than its shards and one unit.
+    with rank 0's weights one after the other, so that no other rank holds more than its shards and one unit while it loads.
 
     Dropout is off, in training too: PPO compares probabilities of the same model at two times.
     """
@@ -605,8 +605,8 @@ def shard(model, args, device):
     trained = any(parameter.requires_grad for parameter in model.parameters())
     layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     for unit in (*layers, model):
-        if args.gradient_checkpointing and unit is not model:  # not Hugging Face's own, which is off where dropout is
-            unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
+        if args.gradient_checkpointing and trained and unit is not model:  # Hugging Face's own is off where dropout is
+            unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False, preserve_rng_state=False)
         fill(unit, device)
         # the root is needed first in the backward pass, so it stays gathered after the forward pass where there is one
         fully_shard(unit, reshard_after_forward=unit is not model or not trained, **options)
@@ -890,7 +890,8 @@ class TokenLogprobs(torch.autograd.Function):
     model's head (V, H), tokens (N,) -> (N,), (N,). With weight None the inputs are the logits (N, V) themselves.
 
     `chunk` rows at a time in one buffer, computed anew in the backward pass, in fp32 but for the matrix products, which
-    are in the dtype of the inputs: neither all logits nor their gradients ever exist together.
+    are in the dtype of the inputs, as is the weight's gradient, the sum over the chunks: neither all logits nor their
+    gradients ever exist together.
     """
     chunk = 128
 

@@ -5,8 +5,8 @@ stage on folders made here, nothing is downloaded. The last line is JSON.
     python tests/benchmark_ppo.py --against TRL_ENV/bin/python --bench PATH/trl_ppo_bench.py     ratios to TRL's PPO trainer
     python tests/benchmark_ppo.py --preset gemma-2b --prompt_length 512 --response_length 512 --batch 32 --dtype bf16
 
-Phases: rollout (sampling) · forward (log-probabilities, values and scores of what was sampled) · optimise (advantages, forward
-and backward of policy and critic, optimizer steps) · other. Every response has the full length. What else is given goes to the stage:
+Phases: rollout (sampling) · forward (log-probabilities, values and scores of what was sampled) · optimise (advantages, backward
+of policy and critic, and forward where a micro-batch is smaller than the batch, optimizer steps) · other. Every response has the full length. What else is given goes to the stage:
 --gradient_checkpointing true --micro_batch_size 4. With --against, ours and the other run by turns, --rounds times,
 each in a process of its own, and the ratios are of medians over all measured updates, the other's without its gc calls.
 """
@@ -44,7 +44,10 @@ def options():
     parser.add_argument("--folder", help=argparse.SUPPRESS)  # where the models are: set in the processes that measure
     sizes = dict(GEMMA_2B) if "gemma-2b" in sys.argv or "--preset=gemma-2b" in sys.argv else {}
     parser.set_defaults(**sizes)
-    return parser.parse_known_args()
+    o, more = parser.parse_known_args()
+    if o.against and (o.intermediate or o.device == "cuda"):
+        parser.error("--against is for the CPU and for feed-forward layers of 4 times --hidden, the only ones that the other one takes")
+    return o, more
 
 
 def build(o, folder):
@@ -148,19 +151,22 @@ def rates(device, dtype):
     return long.numel() * long.element_size() / seconds(long.sum), 2 * size**3 / seconds(lambda: a @ b)
 
 
-def floor(o, params, dtype):
-    """Seconds of an update at the machine's measured rates: the weights (and the cache) read once per decoded token;
-    2 N FLOP a token for four forwards, 6 N for each of the two trained models. N leaves the input embedding out."""
+def floor(o, params, dtype, kept):
+    """Seconds of an update at the machine's measured rates: the weights (and the cache) read once per decoded token; 2 N FLOP
+    a token for each of four forwards, 4 N for each of two backwards, 2 N more for their forwards where these are not `kept` from
+    the rollout. N leaves the input embedding out; heads are for responses alone."""
     import torch
     bandwidth, flops = rates(o.device, getattr(torch, dtype))
     width = torch.finfo(getattr(torch, dtype)).bits // 8
     tokens = o.batch * (o.prompt_length + o.response_length)
     n = params - (0 if o.preset else o.vocab * o.hidden)  # Gemma's head is its embedding
-    body = n - o.vocab * o.hidden  # critic and reward model have no head
+    head = o.vocab * o.hidden  # critic and reward model have none
+    body, answers = n - head, o.batch * o.response_length
     cache = o.batch * 2 * o.layers * (256 if o.preset else o.hidden) * (o.prompt_length + o.response_length / 2)
     decode = o.response_length * max((n + cache) * width / bandwidth, 2 * n * o.batch / flops)
     return {"bandwidth_gb_s": bandwidth / 1e9, "matmul_tflop_s": flops / 1e12, "rollout": decode,
-            "forward": (2 * 2 * n + 2 * 2 * body) * tokens / flops, "optimise": 6 * (n + body) * tokens / flops}
+            "forward": (4 * 2 * body * tokens + 2 * 2 * head * answers) / flops,
+            "optimise": (4 if kept else 6) * (2 * body * tokens + head * answers) / flops}
 
 
 def medians(phases):
@@ -181,7 +187,7 @@ def main():
     if o.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if o.folder == "build":
-        return build(o, more[0])
+        return build(o, more[-1])
     if o.folder:
         phases, sizes = measure(o, more)
         return print(json.dumps({"phases": phases, **sizes}))
@@ -192,7 +198,7 @@ def main():
                 sys.exit(f"benchmark_ppo: {' '.join(command)} ended with status {done.returncode}")
             return json.loads(done.stdout.splitlines()[-1])
         own = [sys.executable, __file__, *sys.argv[1:]]
-        params = run([*own[:2], *[word for word in sys.argv[1:] if word not in more], "--folder", "build", folder])["params"]
+        params = run([*own, "--folder", "build", folder])["params"]
         names = ("response_length", "prompt_length", "batch", "updates", "hidden", "layers", "heads", "vocab", "threads", "warmup")
         theirs = [o.against, o.bench, *[word for name in names for word in (f"--{name}", str(getattr(o, name)))]]
         ours, others = [], []
@@ -202,13 +208,13 @@ def main():
     phases = [row for result in ours for row in result["phases"]]
     import torch
     import transformers
-    dtype = "bfloat16" if "bf16" in more else "float32"
+    dtype = "bfloat16" if any("bf16" in word for word in more) else "float32"
     median, tokens = medians(phases), o.batch * o.response_length
     result = {"bench": o.stage, "torch": torch.__version__, "transformers": transformers.__version__, "device": o.device,
               "threads": o.threads, "params_per_model": params, "stage_options": " ".join(more), "updates_measured": len(phases),
               "config": {name: getattr(o, name) for name in names}, "seconds_per_update_median": median,
               "seconds_per_update_best_quartile": best_quartile(phases), "response_tokens_per_s": tokens / median["total"],
-              "rollout_tokens_per_s": tokens / median["rollout"], "floor_s": floor(o, params, dtype),
+              "rollout_tokens_per_s": tokens / median["rollout"], "floor_s": floor(o, params, dtype, not any("micro_batch_size" in word for word in more)),
               **{name: max(result[name] for result in ours) for name in ours[0] if name != "phases"}}
     result["above_build_mib"] = max(result["peak_rss_mib"] - result["rss_after_build_mib"] for result in ours)
     if o.device == "cuda":

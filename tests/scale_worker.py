@@ -74,4 +74,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()  # a function, for a process group that lives until the interpreter ends can abort it
+    main()

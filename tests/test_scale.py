@@ -88,6 +88,7 @@ def test_micro_batches_hold_every_row_once_without_padding(size):
 def stage(models, folder, *more):
     """Metrics of two updates of MA-PPO run by its main, but for times."""
     import ma_ppo
+    torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
     ma_ppo.main(["--policy", models[0], "--reward", models[1], *SMALL["ma_ppo"], "--max_response_length", "40", "--batch_size", "8",
                  "--whiten_advantages", "true", "--output_dir", str(folder), *more])
     return [{k: v for k, v in row.items() if not k.startswith("time/") and k not in ("tokens_per_s", "val/ratio_dev")}
@@ -100,7 +101,6 @@ def stage(models, folder, *more):
 def test_the_memory_options_change_nothing(more, tiny_models, tmp_path):
     """Two updates, from sampling to optimizer steps, next to those with one micro-batch, whose forward pass is kept."""
     plain = stage(tiny_models["gemma"], tmp_path / "plain", "--micro_batch_size", "8")
-    torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
     result = stage(tiny_models["gemma"], tmp_path / "result", "--micro_batch_size", "8", *more)
     assert len(plain) == len(result) and all(a == pytest.approx(b, rel=2e-3, abs=2e-4) for a, b in zip(plain, result))
 
@@ -149,7 +149,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32(build):
     assert all(parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in policy.parameters())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is one memory only")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a machine without a GPU has one memory only")
 def test_cpu_offload_keeps_weights_off_the_gpu(build):
     assert {parameter.device.type for parameter in build("--cpu_offload", "true")[0].parameters()} == {"cpu"}
 
