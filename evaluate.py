@@ -270,8 +270,8 @@ TOY_SENTENCES = ("the {a} was {q} .", "we found the {a} {q} and {p} .", "on the 
                  "to be honest , the {a} is {n} {q} but {p} .", "by the end of our stay the {a} had been {q} .")
 
 
-def toy_gold(prompt, response):
-    """Gold score of the toy task, from -1 to 1: the first eight sentences, each worth an eighth of its sign.
+def toy_gold(prompt, response, sentences=8):
+    """Gold score of the toy task, from -1 to 1: the mean sign of the first `sentences` sentences, missing ones counting 0.
 
     The sign is that of the sentence's qualities ("not" and "never" turn the word behind them round). Praise counts only
     for what the prompt asks about, and only the first time: the same aspect with the same words again is worth 0.
@@ -282,20 +282,21 @@ def toy_gold(prompt, response):
     0.125
     """
     asked, said, total = set(prompt.split()) & set(TOY_ASPECTS), set(), 0
-    sentences = [sentence.split() for sentence in response.split(".") if sentence.strip()]
-    for words in sentences[:8]:
+    parts = [sentence.split() for sentence in response.split(".") if sentence.strip()]
+    for words in parts[:sentences]:
         sign = sum(TOY_SIGN.get(word, 0) * (-1 if before in TOY_NOT else 1) for before, word in zip([""] + words, words))
         content = frozenset(word for word in words if word in TOY_SIGN or word in TOY_ASPECTS)
         if sign > 0 and (content in said or not content & asked):
             sign = 0
         said.add(content)
         total += (sign > 0) - (sign < 0)
-    return total / 8
+    return total / sentences
 
 
-def toy_rows(split, size=None, seed=0):
-    """Rows of the toy task: a prompt and two reviews of 5 to 8 sentences, their gold scores at least 0.4 apart.
+def toy_rows(split, size=None, seed=0, sentences=8):
+    """Rows of the toy task: a prompt and two reviews of 5/8 of `sentences` to `sentences`, gold scores at least 0.4 apart.
 
+    One review in four has any length from one sentence on: a reward model that never saw a short one believes in short ones.
     The better one is the chosen one with probability sigmoid(6 * gap), the Bradley-Terry model with noise: what a good
     reward model finds is 6 times the gold score, up to a constant. Same arguments, same rows.
     """
@@ -303,7 +304,8 @@ def toy_rows(split, size=None, seed=0):
 
     def review(asked):
         mood, focus, text = draw.betavariate(0.7, 0.7), draw.uniform(0.2, 1), []
-        for _ in range(draw.randint(5, 8)):
+        shortest = 1 if draw.random() < 0.25 else -(-5 * sentences // 8)
+        for _ in range(draw.randint(shortest, sentences)):
             aspect = draw.choice(asked if draw.random() < focus else TOY_ASPECTS)
             signs = draw.choices((1, 0, -1), (mood, 0.4, 1 - mood), k=2)
             quality, other = (draw.choice(TOY_QUALITIES[sign]) for sign in signs)
@@ -315,12 +317,12 @@ def toy_rows(split, size=None, seed=0):
         asked = draw.sample(TOY_ASPECTS, draw.choice((2, 3)))
         prompt = f"review of the {' and the '.join(asked)} at the hotel {draw.choice(TOY_PLACES)} :"
         pair = [review(asked), review(asked)]
-        gap = toy_gold(prompt, pair[0]) - toy_gold(prompt, pair[1])
+        gap = toy_gold(prompt, pair[0], sentences) - toy_gold(prompt, pair[1], sentences)
         if abs(gap) < 0.4:
             continue
         first_wins = draw.random() < 1 / (1 + math.exp(-6 * gap))
         chosen, rejected = pair if first_wins else pair[::-1]
-        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "sentences": sentences})
     return rows
 
 
@@ -459,7 +461,8 @@ def load_rows(args, part, columns, tokenizer):
     rows, and all held-out rows."""
     texts, shares = as_they_stand, (20, 40, 40)
     if args.task == "toy":
-        names, sets = ["train", "eval"], [toy_rows("train"), toy_rows("eval")]
+        names = ["train", "eval"]
+        sets = [toy_rows(name, sentences=args.toy_sentences) for name in names]
     else:
         hub, held_out_name, needs, texts, shares = PAPER_DATA[args.task]
         if args.data_path:
@@ -825,7 +828,7 @@ def generate_command(args):
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
             for item, text, ids in zip(batch, texts, (response[keep].tolist() for response, keep in zip(responses, real))):
                 row = fits[item[2]]
-                kept = ("chosen", "rejected", "problem_id", "difficulty", "input_output")
+                kept = ("chosen", "rejected", "sentences", "problem_id", "difficulty", "input_output")
                 kept = {name: row[name] for name in kept if isinstance(row.get(name), (str, int))}
                 if isinstance(row.get("info"), dict):
                     kept["stratum"] = row["info"]["subreddit"]  # for judging some of every subreddit
@@ -893,7 +896,7 @@ def score_command(args):
         for row, value in zip(rows, values):
             row[column] = value
             if row["task"] == "toy":
-                row[column.replace("score", "gold")] = toy_gold(row["prompt"], row[field])
+                row[column.replace("score", "gold")] = toy_gold(row["prompt"], row[field], row.get("sentences", 8))
     write_rows(args.output or args.samples, rows)
     for temperature in sorted({row["temperature"] for row in rows}):
         part = [row for row in rows if row["temperature"] == temperature]
@@ -1246,6 +1249,7 @@ def main(argv=None):
     add = command("generate", generate_command, "sample answers to held-out prompts; goes on with a file that an interrupted run left")
     add("--policy", required=True, help="model, folder or hub name")
     add("--task", default="toy", choices=("toy", *PAPER_DATA), help="data set")
+    add("--toy_sentences", type=int, default=8, help="toy: the most sentences that a review has")
     add("--data_path", help="local copy of the data set, file or folder")
     add("--eval_path", help="file or folder of held-out rows")
     add("--output", required=True, help="JSONL file to write")

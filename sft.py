@@ -45,12 +45,17 @@ STAGE = Path(__file__).stem
 Task = Literal["toy", "pairs", "tldr", "hh", "webgpt", "apps"]
 Preset = Optional[Literal["gemma-2b", "gemma-7b", "gemma-2-27b", "codegemma-2b", "codegemma-7b"]]
 POSITIVE = ("cutoff batch_size micro_batch_size epochs updates eval_size max_length max_prompt_length max_response_length "
-            "replicate ppo_epochs ngram keep max_bad_updates").split()
+            "replicate ppo_epochs ngram keep max_bad_updates toy_sentences").split()
 SHARES = "warmup_ratio gamma lam top_p".split()
 
 
 def arg(default, text, **more):
     return field(default=default, metadata={"help": text.replace("%", "%%"), **more})
+
+
+def task_folder(args):
+    """Folder of all the stages' runs: runs/<task>, with the length behind it on the toy task of another length."""
+    return f"runs/{args.task}{args.toy_sentences if args.toy_sentences != 8 else ''}"
 
 
 def parse_args(*groups, argv=None, presets=None):
@@ -86,7 +91,7 @@ def parse_args(*groups, argv=None, presets=None):
     if args.batch_size % world or world % args.replicate:
         parser.error(f"--batch_size {args.batch_size} must be divisible by the {world} processes, and these by --replicate "
                      f"{args.replicate}")
-    args.output_dir = args.output_dir or f"runs/{args.task}/{STAGE}"
+    args.output_dir = args.output_dir or f"{task_folder(args)}/{STAGE}"
     if args.print_args:
         print(json.dumps(vars(args), indent=2))
         sys.exit()
@@ -98,6 +103,7 @@ def parse_args(*groups, argv=None, presets=None):
 class Args:
     task: Task = arg("toy", "toy: the embedded task; pairs: your own rows; the others: the paper's data sets")
     preset: Preset = arg(None, "set the options to this column of the paper's Table 5; options given by name win")
+    toy_sentences: int = arg(8, "toy: the most sentences that a review has, of some 8 tokens; the folder is runs/toy<N> when not 8")
     print_args: bool = arg(False, "print the value of every option and end")
     data_path: Optional[str] = arg(None, "file or folder in JSONL, Parquet or Arrow: pairs with columns prompt and chosen, or "
                                          "a copy of the paper's data set in its own columns, which else comes from the hub")
@@ -158,8 +164,8 @@ TOY_SENTENCES = ("the {a} was {q} .", "we found the {a} {q} and {p} .", "on the 
                  "to be honest , the {a} is {n} {q} but {p} .", "by the end of our stay the {a} had been {q} .")
 
 
-def toy_gold(prompt, response):
-    """Gold score of the toy task, from -1 to 1: the first eight sentences, each worth an eighth of its sign.
+def toy_gold(prompt, response, sentences=8):
+    """Gold score of the toy task, from -1 to 1: the mean sign of the first `sentences` sentences, missing ones counting 0.
 
     The sign is that of the sentence's qualities ("not" and "never" turn the word behind them round). Praise counts only
     for what the prompt asks about, and only the first time: the same aspect with the same words again is worth 0.
@@ -170,20 +176,21 @@ def toy_gold(prompt, response):
     0.125
     """
     asked, said, total = set(prompt.split()) & set(TOY_ASPECTS), set(), 0
-    sentences = [sentence.split() for sentence in response.split(".") if sentence.strip()]
-    for words in sentences[:8]:
+    parts = [sentence.split() for sentence in response.split(".") if sentence.strip()]
+    for words in parts[:sentences]:
         sign = sum(TOY_SIGN.get(word, 0) * (-1 if before in TOY_NOT else 1) for before, word in zip([""] + words, words))
         content = frozenset(word for word in words if word in TOY_SIGN or word in TOY_ASPECTS)
         if sign > 0 and (content in said or not content & asked):
             sign = 0
         said.add(content)
         total += (sign > 0) - (sign < 0)
-    return total / 8
+    return total / sentences
 
 
-def toy_rows(split, size=None, seed=0):
-    """Rows of the toy task: a prompt and two reviews of 5 to 8 sentences, their gold scores at least 0.4 apart.
+def toy_rows(split, size=None, seed=0, sentences=8):
+    """Rows of the toy task: a prompt and two reviews of 5/8 of `sentences` to `sentences`, gold scores at least 0.4 apart.
 
+    One review in four has any length from one sentence on: a reward model that never saw a short one believes in short ones.
     The better one is the chosen one with probability sigmoid(6 * gap), the Bradley-Terry model with noise: what a good
     reward model finds is 6 times the gold score, up to a constant. Same arguments, same rows.
     """
@@ -191,7 +198,8 @@ def toy_rows(split, size=None, seed=0):
 
     def review(asked):
         mood, focus, text = draw.betavariate(0.7, 0.7), draw.uniform(0.2, 1), []
-        for _ in range(draw.randint(5, 8)):
+        shortest = 1 if draw.random() < 0.25 else -(-5 * sentences // 8)
+        for _ in range(draw.randint(shortest, sentences)):
             aspect = draw.choice(asked if draw.random() < focus else TOY_ASPECTS)
             signs = draw.choices((1, 0, -1), (mood, 0.4, 1 - mood), k=2)
             quality, other = (draw.choice(TOY_QUALITIES[sign]) for sign in signs)
@@ -203,12 +211,12 @@ def toy_rows(split, size=None, seed=0):
         asked = draw.sample(TOY_ASPECTS, draw.choice((2, 3)))
         prompt = f"review of the {' and the '.join(asked)} at the hotel {draw.choice(TOY_PLACES)} :"
         pair = [review(asked), review(asked)]
-        gap = toy_gold(prompt, pair[0]) - toy_gold(prompt, pair[1])
+        gap = toy_gold(prompt, pair[0], sentences) - toy_gold(prompt, pair[1], sentences)
         if abs(gap) < 0.4:
             continue
         first_wins = draw.random() < 1 / (1 + math.exp(-6 * gap))
         chosen, rejected = pair if first_wins else pair[::-1]
-        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "sentences": sentences})
     return rows
 
 
@@ -347,7 +355,8 @@ def load_rows(args, part, columns, tokenizer):
     rows, and all held-out rows."""
     texts, shares = as_they_stand, (20, 40, 40)
     if args.task == "toy":
-        names, sets = ["train", "eval"], [toy_rows("train"), toy_rows("eval")]
+        names = ["train", "eval"]
+        sets = [toy_rows(name, sentences=args.toy_sentences) for name in names]
     else:
         hub, held_out_name, needs, texts, shares = PAPER_DATA[args.task]
         if args.data_path:

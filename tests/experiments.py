@@ -1,0 +1,286 @@
+"""What macro actions buy, measured: PPO against MA-PPO on the toy task, over many seeds. The protocol is in the README.
+
+    python tests/experiments.py            everything, and from it the README's table, docs/experiments.svg and docs/experiments.jsonl.gz
+    python tests/experiments.py --quick    two seeds and few updates, in some ten minutes; table and figure in runs/experiments_quick
+    python tests/experiments.py --report   table and figure anew from docs/experiments.jsonl.gz, nothing is trained
+
+Runs are independent and share the machine's cores, one thread each. What is done stays in the output folder's results.jsonl:
+the same command goes on where it was cut off. Needs matplotlib for the figure and the program link-parser for one setting.
+"""
+import argparse
+import contextlib
+import functools
+import gzip
+import json
+import os
+import random
+import re
+import shutil
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+
+LONG_LAMBDA = 0.95**(1 / 5)
+SETTINGS = {  # name: (stage, its options); the first of each length is what the others are compared with
+    "PPO": ("ppo", ""),
+    "PPO, λ' = λ^(1/5)": ("ppo", f"--lam {LONG_LAMBDA}"),
+    "n = 3": ("ma_ppo", "--ngram 3"),
+    "n = 5": ("ma_ppo", "--ngram 5"),
+    "n = 10": ("ma_ppo", "--ngram 10"),
+    "n = ∞": ("ma_ppo", "--ngram inf"),
+    "randomized": ("ma_ppo", "--termination randomized_ngram"),
+    "perplexity": ("ma_ppo", "--termination perplexity"),
+    "parsing": ("ma_ppo", "--termination parsing"),
+    "n = 5, unit value": ("ma_ppo", "--ngram 5 --value_weighting unit"),
+    "n = 5, decayed value": ("ma_ppo", "--ngram 5 --value_weighting position_decayed"),
+    "n = 5, mean reward": ("ma_ppo", "--ngram 5 --macro_reward mean")}
+LENGTHS = {8: list(SETTINGS), 24: ["PPO", "PPO, λ' = λ^(1/5)", "n = 5", "n = ∞"]}  # sentences: settings
+COST = ["PPO", "n = 5", "n = ∞", "randomized", "perplexity", "parsing"]
+FULL = dict(seeds=10, updates={8: 100, 24: 80}, tuning_seeds={8: 2, 24: 1}, lr=(1e-4, 3e-4, 1e-3), kl=(0.02, 0.05), gradients=48, rounds=60)
+QUICK = dict(seeds=2, updates={8: 30, 24: 15}, tuning_seeds={8: 1, 24: 1}, lr=(3e-4, 1e-3), kl=(0.05,), gradients=8, rounds=8)
+COLUMNS = ("objective/scores objective/gold objective/kl objective/entropy response/length response/eos_rate norm/advantages "
+           "norm/values norm/policy_grad value/explained_var value/loss macro/length macro/parse_failures").split()
+WINDOW = 10  # updates over which a curve is averaged
+
+
+def interval(values):
+    """[estimate, lower, upper] from an estimate and its bootstrap repetitions behind it."""
+    return [float(values[0]), *(float(x) for x in np.percentile(values[1:], (2.5, 97.5)))]
+
+
+# ---- runs ----
+def options(job, setting, folder):
+    """Command line of a run of stage 3, without its output folder."""
+    length, models = job["sentences"], folder.parent / f"toy{job['sentences']}"
+    return [*SETTINGS[setting][1].split(), *f"--toy_sentences {length} --max_response_length {14 * length} --policy_lr {job['lr']} "
+            f"--critic_lr {job['lr']} --kl_coef {job['kl']} --seed {job['seed']} --eval_every 0 --policy {models}/sft/final "
+            f"--reward {models}/reward/final".split()]
+
+
+@functools.cache
+def stages():
+    """The stage scripts as modules; rows of the toy task are made once per process, not at every run."""
+    import ma_ppo
+    import ppo
+    import reward
+    import sft
+    rows = functools.cache(sft.toy_rows)
+    for module in (sft, reward, ppo, ma_ppo):
+        module.toy_rows = rows
+    return {"sft": sft, "reward": reward, "ppo": ppo, "ma_ppo": ma_ppo}
+
+
+def call(stage, argv, folder):
+    """main() of a stage, in this process, with all that it prints in folder.log."""
+    shutil.rmtree(folder, ignore_errors=True)
+    Path(folder).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        stages()[stage].main([*argv, "--output_dir", str(folder)])
+
+
+def train_models(job, folder):
+    """SFT model and reward model of a length; all runs of this length start from them."""
+    folder = folder.parent / f"toy{job['sentences']}"
+    length = ["--toy_sentences", str(job["sentences"])]
+    call("sft", length, folder / "sft")
+    call("reward", [*length, "--policy", str(folder / "sft/final")], folder / "reward")
+    return {"accuracy": json.loads((folder / "reward/metrics.jsonl").read_text().splitlines()[-1])["eval/accuracy"]}
+
+
+def train(job, folder):
+    """A run of stage 3 -> its figures by update."""
+    call(SETTINGS[job["setting"]][0], [*options(job, job["setting"], folder), "--updates", str(job["updates"])], folder)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    updates = [row for row in rows if "lr" in row]
+    seconds = [sum(row[f"time/{phase}"] for phase in ("rollout", "score", "update")) for row in updates]
+    if not job.get("keep"):
+        shutil.rmtree(folder)
+    return {"by_update": {name: [float(f"{row[name]:.5g}") for row in updates] for name in COLUMNS}
+            | {"seconds": [round(x, 3) for x in seconds]}, "held_out": {"before": rows[0], "after": rows[-1]}}
+
+
+def models_of(job, folder, policy, critic, settings):
+    """The four models as main() of ppo.py sets them up, and the options of each setting."""
+    ppo, ma_ppo = stages()["ppo"], stages()["ma_ppo"]
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    modules = {name: stages()[SETTINGS[name][0]] for name in settings}
+    all_args = {name: module.parse_args(module.Args, module.AdvantageArgs, presets=module.presets,
+                                        argv=options(job, name, folder))
+                for name, module in modules.items()}
+    args = all_args["PPO"]
+    device, _, _ = ppo.start(args)
+    tokenizer = ppo.load_tokenizer(args.policy)
+    rows, _ = ppo.load_prompts(args, tokenizer)
+    policy, ref = (ppo.shard(ppo.load(AutoModelForCausalLM, name, tokenizer, dtype=ppo.torch.float32)[0], args, device)
+                   for name in (policy or args.policy, args.policy))
+    critic = ppo.load(AutoModelForSequenceClassification, critic or args.reward, tokenizer, num_labels=1, dtype=ppo.torch.float32)[0]
+    critic = ppo.shard(ppo.Critic(critic), args, device)
+    score = ppo.model_reward(args.reward, tokenizer, args, device)
+    roll = functools.partial(ppo.make_rollout, policy=policy, ref=ref.requires_grad_(False), critic=critic, score=score, args=args,
+                             tokenizer=tokenizer, device=device)
+
+    def sample(k):
+        some = [rows[i] for i in ppo.batch_indices(k, len(rows), args.batch_size, job["seed"])]
+        return roll(some, ppo.seeded(device, job["seed"], k), training=True)[0]
+
+    def advantages(name, rollout, k):
+        values, returns, _ = modules[name].compute_advantages(rollout, all_args[name], tokenizer, ppo.seeded(device, k))
+        return {"advantages": values, "returns": returns}
+    return ppo, args, device, policy, critic, sample, advantages
+
+
+def gradients(job, folder):
+    """Gradients of the policy loss at fixed weights, on the same rollouts for every setting. Of each setting: noise, the
+    variance of an update's gradient (its trace) / the squared norm of the mean gradient, and alignment, the mean cosine between
+    an update's gradient and the mean of the other rollouts' gradients at lambda = 1, which no error of the critic biases."""
+    start = Path(job["start"])
+    ppo, args, device, policy, critic, sample, advantages = models_of(job, folder, str(start), str(start / "critic"), LENGTHS[8])
+    names, vectors = ["λ = 1", *LENGTHS[8]], {}
+    for k in range(job["gradients"]):
+        rollout = sample(k)
+        for name in names:
+            if name == "λ = 1":
+                ones = argparse.Namespace(**vars(args) | {"lam": 1.0})
+                chosen = ppo.compute_advantages(rollout, ones)[0]
+            else:
+                chosen = advantages(name, rollout, k)["advantages"]
+            loss, _ = ppo.policy_loss(rollout["new_logprobs"], rollout["logprobs"], chosen, rollout["mask"], args.clip_ratio)
+            (loss / rollout["mask"].sum()).backward(retain_graph=True)
+            vectors.setdefault(name, []).append(np.concatenate([p.grad.full_tensor().flatten().numpy() for p in policy.parameters()]))
+            policy.zero_grad()
+    ppo.finish()
+    truth, draw, result = np.stack(vectors["λ = 1"]), np.random.default_rng(0), {}
+    truth = (truth.sum(0) - truth) / (len(truth) - 1)  # (N, P): the mean of the others
+    for name in names:
+        g = np.stack(vectors.pop(name)).astype(np.float64)
+        gram, size = g @ g.T, len(g)
+        cosine = (g * truth).sum(1) / np.linalg.norm(g, axis=1) / np.linalg.norm(truth, axis=1)
+
+        def noise(i):
+            squares, distinct = gram.diagonal()[i].mean(), i[:, None] != i  # a rollout drawn twice tells nothing of the mean
+            mean = gram[np.ix_(i, i)][distinct].mean()
+            return (squares - mean) / mean
+        again = [draw.integers(size, size=size) for _ in range(1000)]
+        result[name] = {"noise": interval([noise(i) for i in [np.arange(size), *again]]),
+                        "alignment": interval([cosine[i].mean() for i in [np.arange(size), *again]])}
+    return result
+
+
+def cost(job, folder):
+    """Seconds of whole updates, all conditions by turns at the same weights and on the same responses -> seconds by condition."""
+    ppo, args, device, policy, critic, sample, advantages = models_of(job, folder, None, None, COST)
+    optimizers = [ppo.torch.optim.AdamW(model.parameters(), 0.0, weight_decay=0.0, fused=True) for model in (policy, critic)]
+    seconds, draw = {name: [] for name in COST}, random.Random(0)
+    for k in range(-2, job["rounds"]):  # two to warm up
+        for name in draw.sample(COST, len(COST)):
+            began = time.perf_counter()
+            rollout = sample(abs(k))
+            rollout |= advantages(name, rollout, abs(k))
+            ppo.update_models(policy, critic, optimizers, rollout, args, device)
+            if k >= 0:
+                seconds[name].append(round(time.perf_counter() - began, 5))
+    ppo.finish()
+    return seconds
+
+
+def work(job, folder):
+    began = time.time()
+    kinds = {"models": train_models, "tuning": train, "start": train, "run": train, "gradients": gradients, "cost": cost}
+    try:
+        return job | {"result": kinds[job["kind"]](job, Path(folder)), "wall": round(time.time() - began, 1)}
+    except BaseException as error:  # also the exits of the stages
+        return job | {"failed": repr(error)}
+
+
+# ---- the plan ----
+class Results:
+    """What is done, in a file that grows by a line per job."""
+    def __init__(self, folder, workers):
+        self.folder, self.workers, self.file = folder, workers, folder / "results.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.done = {self.key(row): row for row in map(json.loads, lines)}
+
+    def key(self, job):
+        return json.dumps({name: value for name, value in job.items() if name not in ("result", "wall")}, sort_keys=True)
+
+    def run(self, jobs, alone=False):
+        """Does the jobs that are not done -> the results of all, in order."""
+        from tqdm import tqdm
+        left = [job for job in jobs if self.key(job) not in self.done]
+        folder = lambda job: self.folder / "-".join(re.sub(r"\W+", "_", str(value)) for name, value in job.items() if name != "start")
+        if left:
+            with ProcessPoolExecutor(1 if alone else self.workers, get_context("spawn")) as pool:
+                todo = [pool.submit(work, job, str(folder(job))) for job in left]
+                for future in tqdm(as_completed(todo), total=len(todo), desc=left[0]["kind"], unit="job"):
+                    row = future.result()
+                    if "failed" in row:
+                        pool.shutdown(cancel_futures=True)
+                        sys.exit(f"experiments: {row} failed, see {folder(row)}.log; the same command goes on")
+                    with open(self.file, "a") as file:
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    self.done[self.key(row)] = row
+        return [self.done[self.key(job)] for job in jobs]
+
+
+def tune(plan, results, sentences, kl_coefs):
+    """Tries the grid with PPO and with MA-PPO -> {stage: {"lr", "kl"}} with the highest reward-model score, the mean over all
+    updates and tuning seeds, and the rows. `kl_coefs`: {setting: KL coefficients to try}."""
+    jobs = [{"kind": "tuning", "setting": setting, "sentences": sentences, "lr": lr, "kl": kl, "seed": 100 + seed,
+             "updates": plan["updates"][sentences]}
+            for seed in range(plan["tuning_seeds"][sentences]) for lr in plan["lr"] for setting in kl_coefs for kl in kl_coefs[setting]]
+    rows, chosen = results.run(jobs), {}
+    for setting in kl_coefs:
+        scores = {}
+        for row in rows:
+            if row["setting"] == setting:
+                scores.setdefault((row["lr"], row["kl"]), []).append(np.mean(row["result"]["by_update"]["objective/scores"]))
+        chosen[SETTINGS[setting][0]] = dict(zip(("lr", "kl"), max(scores, key=lambda cell: statistics.mean(scores[cell]))))
+    print(f"chosen for {sentences} sentences: {chosen}")
+    return chosen, rows
+
+
+def everything(plan, results):
+    """Does the whole plan -> all result rows."""
+    rows = results.run([{"kind": "models", "sentences": sentences} for sentences in LENGTHS])
+    chosen, kl_coefs = {}, {"PPO": plan["kl"], "n = 5": plan["kl"]}
+    for sentences in LENGTHS:  # the longer one tries learning rates alone, at the KL coefficients of the shorter one
+        chosen[sentences], tried = tune(plan, results, sentences, kl_coefs)
+        kl_coefs = {setting: [chosen[sentences][SETTINGS[setting][0]]["kl"]] for setting in kl_coefs}
+        rows += tried
+    runs = [{"kind": "run", "setting": setting, "sentences": sentences, **chosen[sentences][SETTINGS[setting][0]], "seed": seed,
+             "updates": plan["updates"][sentences]} for seed in range(plan["seeds"]) for sentences in LENGTHS for setting in LENGTHS[sentences]]
+    rows += results.run(runs)
+    starts = [{"kind": "start", "setting": "PPO", "sentences": sentences, **chosen[sentences]["ppo"], "seed": 200, "updates": plan["updates"][sentences] // 4,
+               "keep": True} for sentences in LENGTHS]
+    rows += results.run(starts)
+    final = lambda sentences: next(str(path / "final") for path in results.folder.glob(f"start-PPO-{sentences}-*") if path.is_dir())
+    rows += results.run([{"kind": "gradients", "sentences": sentences, **chosen[sentences]["ppo"], "seed": 300, "gradients": plan["gradients"],
+                          "start": final(sentences)} for sentences in LENGTHS])
+    rows += results.run([{"kind": "cost", "sentences": sentences, **chosen[sentences]["ppo"], "seed": 400, "rounds": plan["rounds"]}
+                         for sentences in LENGTHS], alone=True)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two seeds and few updates; leaves README and docs alone")
+    parser.add_argument("--report", action="store_true", help="only table and figure, from docs/experiments.jsonl.gz")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time; all cores when not given")
+    o = parser.parse_args()
+    os.chdir(ROOT)
+    plan, folder = (QUICK, Path("runs/experiments_quick")) if o.quick else (FULL, Path("runs/experiments"))
+    rows = everything(plan, Results(folder, o.workers))
+
+
+if __name__ == "__main__":
+    main()
