@@ -271,6 +271,123 @@ def everything(plan, results):
     return rows
 
 
+# ---- the report ----
+def curves(rows):
+    """-> {(sentences, setting): {figure: (seeds, updates)}}, each update the mean of the last ten (of fewer at the start)."""
+    found = {}
+    for row in sorted((row for row in rows if row["kind"] == "run"), key=lambda row: row["seed"]):
+        found.setdefault((row["sentences"], row["setting"]), []).append(row["result"]["by_update"])
+    for key, runs in found.items():
+        found[key] = {}
+        for name in runs[0]:
+            x = np.array([run[name] for run in runs])
+            total = np.cumsum(x, 1)
+            before = np.pad(total, ((0, 0), (WINDOW, 0)))[:, :total.shape[1]]
+            found[key][name] = (total - before) / np.minimum(np.arange(total.shape[1]) + 1, WINDOW)
+        found[key]["seconds"] = np.cumsum([run["seconds"] for run in runs], 1)
+    return found
+
+
+def reaches(scores, level):
+    """The first update after which a curve (updates,) is at `level`, NaN where it never is; not before the first window."""
+    there = np.flatnonzero(scores[WINDOW - 1:] >= level)
+    return there[0] + WINDOW if len(there) else np.nan
+
+
+def comparison(setting, ppo, i):
+    """Figures of a setting against PPO, for the seeds i: score, gold and KL as differences, speed as ratios."""
+    score, base = (x["objective/scores"][i].mean(0) for x in (setting, ppo))
+    gold, base_gold = (x["objective/gold"][i].mean(0) for x in (setting, ppo))
+    middle = round(0.4 * len(base)) - 1
+    level = base[WINDOW - 1] + 0.9 * (base[-1] - base[WINDOW - 1])
+    updates, base_updates = reaches(score, level), reaches(base, level)
+    all_updates = reaches(score, base[-1])
+    seconds = [x["seconds"][i].mean(0)[int(u) - 1] if u == u else np.nan for x, u in ((setting, updates), (ppo, base_updates))]
+    at = lambda x, u: x[int(u) - 1] if u == u else np.nan
+    return {"middle": score[middle] - base[middle], "end": score[-1] - base[-1], "gold_middle": gold[middle] - base_gold[middle],
+            "gold_end": gold[-1] - base_gold[-1], "kl": setting["objective/kl"][i, -1].mean(), "speed": base_updates / updates,
+            "speed_seconds": seconds[1] / seconds[0], "to_the_end": len(base) / all_updates,
+            "gold_at_score": at(gold, updates) - at(base_gold, base_updates), "gold_fall": gold[WINDOW - 1:].max() - gold[-1],
+            "score": score[-1], "gold": gold[-1], "advantages": setting["norm/advantages"][i].mean(),
+            "values": setting["norm/values"][i].mean(), "explained": setting["value/explained_var"][i, -1].mean()}
+
+
+def compared(rows):
+    """-> {(sentences, setting): {figure: [estimate, lower, upper]}}, the interval a bootstrap over seeds."""
+    found, draw, result = curves(rows), np.random.default_rng(0), {}
+    for (sentences, name), setting in found.items():
+        ppo, size = found[sentences, "PPO"], len(setting["objective/kl"])
+        again = [comparison(setting, ppo, i) for i in [np.arange(size), *(draw.integers(size, size=size) for _ in range(2000))]]
+        result[sentences, name] = {figure: [x[figure] for x in again] for figure in again[0]}
+        for figure, values in result[sentences, name].items():
+            never = np.isnan(values[1:]).mean()  # a level that some resamples never reach: as slow as can be
+            result[sentences, name][figure] = interval(np.where(np.isnan(values), -np.inf, values)) if never else interval(values)
+    return result
+
+
+def show(figure, digits=2, sign=True):
+    """[estimate, lower, upper] as text."""
+    text = [f"{x:{'+' if sign else ''}.{digits}f}" if np.isfinite(x) else "never" for x in figure]
+    return f"{text[0]} ({text[1]} to {text[2]})"
+
+
+def table(rows):
+    """The README's table in Markdown, then a line of the cost of each condition."""
+    result = compared(rows)
+    noise = {row["sentences"]: row["result"] for row in rows if row["kind"] == "gradients"}
+    lines = ["| | score, mid-course | score, end | gold, mid-course | gold, end | KL, end | speed | gold at equal score | L2 of A | L2 of V | "
+             "explained | gradient noise | alignment |", "|---|" + "---|" * 12]
+    for sentences in LENGTHS:
+        ppo = result[sentences, "PPO"]
+        lines.append(f"| **{sentences} sentences** |" + " |" * 12)
+        for name in (name for name in LENGTHS[sentences] if (sentences, name) in result):
+            x, g = result[sentences, name], noise.get(sentences, {}).get(name, {})
+            first = ([show(x["middle"]), show(x["end"]), show(x["gold_middle"], 3), show(x["gold_end"], 3)] if name != "PPO" else
+                     ["0", f"{ppo['score'][0]:.2f}", "0", f"{ppo['gold'][0]:.3f}"])
+            cells = [name, *first, show(x["kl"], 1, False), *(["1", "0"] if name == "PPO" else [show(x["speed"], 2, False), show(x["gold_at_score"], 3)]),
+                     *(f"{x[figure][0]:.{digits}f}" for figure, digits in (("advantages", 1), ("values", 0), ("explained", 2))),
+                     *(show(g[figure], digits, False) if g else "" for figure, digits in (("noise", 1), ("alignment", 3)))]
+            lines.append("| " + " | ".join(cells) + " |")
+    for row in (row for row in rows if row["kind"] == "cost"):
+        seconds, draw = {name: np.array(x) for name, x in row["result"].items()}, np.random.default_rng(0)
+        again = [np.arange(len(seconds["PPO"])), *draw.integers(len(seconds["PPO"]), size=(2000, len(seconds["PPO"])))]
+        ratio = {name: interval([np.median(x[i] / seconds["PPO"][i]) for i in again]) for name, x in seconds.items() if name != "PPO"}
+        lines += ["", f"Seconds of an update over PPO's {np.median(seconds['PPO']):.3f} s, {row['sentences']} sentences, median of {len(again[0])} "
+                  "rounds: " + ", ".join(f"{name} {show(x, 3, False)}" for name, x in ratio.items()) + "."]
+    return "\n".join(lines)
+
+
+def plot(rows, path):
+    """Learning curves with 95% bootstrap bands over seeds, and gold score against reward-model score."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"svg.hashsalt": "0", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    found, draw = curves(rows), np.random.default_rng(0)
+    colors = {"PPO": "#555555", "PPO, λ' = λ^(1/5)": "#E69F00", "n = 5": "#0072B2", "n = ∞": "#CC3311"}
+    figure, axes = plt.subplots(len(LENGTHS), 3, figsize=(11, 5.6), layout="constrained")
+    for row, sentences in zip(axes, LENGTHS):
+        for name, color in colors.items():
+            setting = found[sentences, name]
+            size, updates = setting["objective/kl"].shape
+            u = np.arange(WINDOW, updates + 1)
+            for axis, column in zip(row, ("objective/scores", "objective/gold")):
+                x = setting[column][:, WINDOW - 1:]
+                band = np.percentile([x[draw.integers(size, size=size)].mean(0) for _ in range(1000)], (2.5, 97.5), axis=0)
+                axis.plot(u, x.mean(0), color=color, label=name, linewidth=1.4)
+                axis.fill_between(u, *band, color=color, alpha=0.18, linewidth=0)
+                axis.set_xlabel("update")
+            row[2].plot(*(setting[column][:, WINDOW - 1:].mean(0) for column in ("objective/scores", "objective/gold")), color=color, linewidth=1.4)
+        length = found[sentences, "PPO"]["response/length"].mean(0)
+        row[0].set_title(f"{sentences} sentences ({length[WINDOW - 1]:.0f} to {length[-1]:.0f} tokens), {size} seeds", loc="left", fontsize=9)
+        for axis, label in zip(row, ("reward-model score", "gold score", "gold score")):
+            axis.set_ylabel(label)
+        row[2].set_xlabel("reward-model score")
+    axes[0, 0].legend(frameon=False)
+    path.parent.mkdir(exist_ok=True, parents=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two seeds and few updates; leaves README and docs alone")
@@ -279,7 +396,24 @@ def main():
     o = parser.parse_args()
     os.chdir(ROOT)
     plan, folder = (QUICK, Path("runs/experiments_quick")) if o.quick else (FULL, Path("runs/experiments"))
-    rows = everything(plan, Results(folder, o.workers))
+    raw = Path("docs/experiments.jsonl.gz")
+    if o.report:
+        rows = [json.loads(line) for line in gzip.decompress(raw.read_bytes()).decode().splitlines()]
+    else:
+        rows = everything(plan, Results(folder, o.workers))
+    text, place = table(rows), folder if o.quick else Path("docs")
+    plot(rows, place / "experiments.svg")
+    if o.quick:
+        print(text)
+    else:
+        if not o.report:
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            raw.write_bytes(gzip.compress(lines.encode(), mtime=0))
+        readme = Path("README.md").read_text()
+        marks = "<!-- by tests/experiments.py -->\n", "<!-- end -->"
+        readme = re.sub(f"{marks[0]}.*?{marks[1]}", lambda _: marks[0] + text + "\n" + marks[1], readme, flags=re.S)
+        Path("README.md").write_text(readme)
+    print(f"figure in {place}/experiments.svg, table {'above' if o.quick else 'in README.md'}")
 
 
 if __name__ == "__main__":
