@@ -45,8 +45,8 @@ SETTINGS = {  # name: (stage, its options); the first of each length is what the
     "n = 5, mean reward": ("ma_ppo", "--ngram 5 --macro_reward mean")}
 LENGTHS = {8: list(SETTINGS), 24: ["PPO", "PPO, λ' = λ^(1/5)", "n = 5", "n = ∞"]}  # sentences: settings
 COST = ["PPO", "n = 5", "n = ∞", "randomized", "perplexity", "parsing"]
-FULL = dict(seeds=10, updates={8: 100, 24: 80}, tuning_seeds={8: 2, 24: 1}, lr=(1e-4, 3e-4, 1e-3), kl=(0.02, 0.05), gradients=48, rounds=60)
-QUICK = dict(seeds=2, updates={8: 30, 24: 15}, tuning_seeds={8: 1, 24: 1}, lr=(3e-4, 1e-3), kl=(0.05,), gradients=8, rounds=8)
+FULL = dict(seeds=10, updates={8: 100, 24: 80}, tuning_seeds={8: 2, 24: 1}, lr=(1e-4, 3e-4, 1e-3), kl=(0.02, 0.05), gradients={8: 128, 24: 48}, rounds=60)
+QUICK = dict(seeds=2, updates={8: 30, 24: 15}, tuning_seeds={8: 1, 24: 1}, lr=(3e-4, 1e-3), kl=(0.05,), gradients={8: 8, 24: 8}, rounds=8)
 COLUMNS = ("objective/scores objective/gold objective/kl objective/entropy response/length response/eos_rate norm/advantages "
            "norm/values norm/policy_grad value/explained_var value/loss macro/length macro/parse_failures").split()
 WINDOW = 10  # updates over which a curve is averaged
@@ -139,9 +139,8 @@ def models_of(job, folder, policy, critic, settings):
 
 
 def gradients(job, folder):
-    """Gradients of the policy loss at fixed weights, on the same rollouts for every setting. Of each setting: noise, the
-    variance of an update's gradient (its trace) / the squared norm of the mean gradient, and alignment, the mean cosine between
-    an update's gradient and the mean of the other rollouts' gradients at lambda = 1, which no error of the critic biases."""
+    """Gradients of the policy loss at fixed weights, on the same rollouts for every setting -> signal_and_alignment of each;
+    unbiased are the gradients at lambda = 1, to which errors of the critic add noise but no bias."""
     start = Path(job["start"])
     ppo, args, device, policy, critic, sample, advantages = models_of(job, folder, str(start), str(start / "critic"), LENGTHS[8])
     names, vectors = ["λ = 1", *LENGTHS[8]], {}
@@ -158,21 +157,24 @@ def gradients(job, folder):
             vectors.setdefault(name, []).append(np.concatenate([p.grad.full_tensor().flatten().numpy() for p in policy.parameters()]))
             policy.zero_grad()
     ppo.finish()
-    truth, draw, result = np.stack(vectors["λ = 1"]), np.random.default_rng(0), {}
-    truth = (truth.sum(0) - truth) / (len(truth) - 1)  # (N, P): the mean of the others
-    for name in names:
-        g = np.stack(vectors.pop(name)).astype(np.float64)
-        gram, size = g @ g.T, len(g)
-        cosine = (g * truth).sum(1) / np.linalg.norm(g, axis=1) / np.linalg.norm(truth, axis=1)
+    truth = np.stack(vectors["λ = 1"])
+    return {name: signal_and_alignment(np.stack(vectors.pop(name)), truth) for name in names}
 
-        def noise(i):
-            squares, distinct = gram.diagonal()[i].mean(), i[:, None] != i  # a rollout drawn twice tells nothing of the mean
-            mean = gram[np.ix_(i, i)][distinct].mean()
-            return (squares - mean) / mean
-        again = [draw.integers(size, size=size) for _ in range(1000)]
-        result[name] = {"noise": interval([noise(i) for i in [np.arange(size), *again]]),
-                        "alignment": interval([cosine[i].mean() for i in [np.arange(size), *again]])}
-    return result
+
+def signal_and_alignment(g, unbiased):
+    """Of gradients g (N, P) of N rollouts: signal, the squared norm of their mean / the trace of their covariance (the variance
+    of an update's gradient), and alignment, the mean cosine of g_i with the mean of `unbiased` (N, P) over the other rollouts,
+    each with its bootstrap interval."""
+    others = (unbiased.sum(0) - unbiased) / (len(unbiased) - 1)
+    cosine = (g * others).sum(1) / np.linalg.norm(g, axis=1) / np.linalg.norm(others, axis=1)
+    gram, size, draw = g.astype(np.float64) @ g.T.astype(np.float64), len(g), np.random.default_rng(0)
+
+    def signal(i):
+        distinct = i[:, None] != i  # a rollout drawn twice tells nothing of the mean
+        mean = gram[np.ix_(i, i)][distinct].mean()
+        return mean / (gram.diagonal()[i].mean() - mean)
+    again = [np.arange(size), *draw.integers(size, size=(1000, size))]
+    return {"signal": interval([signal(i) for i in again]), "alignment": interval([cosine[i].mean() for i in again])}
 
 
 def cost(job, folder):
@@ -264,7 +266,7 @@ def everything(plan, results):
                "keep": True} for sentences in LENGTHS]
     rows += results.run(starts)
     final = lambda sentences: next(str(path / "final") for path in results.folder.glob(f"start-PPO-{sentences}-*") if path.is_dir())
-    rows += results.run([{"kind": "gradients", "sentences": sentences, **chosen[sentences]["ppo"], "seed": 300, "gradients": plan["gradients"],
+    rows += results.run([{"kind": "gradients", "sentences": sentences, **chosen[sentences]["ppo"], "seed": 300, "gradients": plan["gradients"][sentences],
                           "start": final(sentences)} for sentences in LENGTHS])
     rows += results.run([{"kind": "cost", "sentences": sentences, **chosen[sentences]["ppo"], "seed": 400, "rounds": plan["rounds"]}
                          for sentences in LENGTHS], alone=True)
@@ -334,19 +336,19 @@ def show(figure, digits=2, sign=True):
 def table(rows):
     """The README's table in Markdown, then a line of the cost of each condition."""
     result = compared(rows)
-    noise = {row["sentences"]: row["result"] for row in rows if row["kind"] == "gradients"}
+    gradient = {row["sentences"]: row["result"] for row in rows if row["kind"] == "gradients"}
     lines = ["| | score, mid-course | score, end | gold, mid-course | gold, end | KL, end | speed | gold at equal score | L2 of A | L2 of V | "
-             "explained | gradient noise | alignment |", "|---|" + "---|" * 12]
+             "explained | gradient signal | alignment |", "|---|" + "---|" * 12]
     for sentences in LENGTHS:
         ppo = result[sentences, "PPO"]
         lines.append(f"| **{sentences} sentences** |" + " |" * 12)
         for name in (name for name in LENGTHS[sentences] if (sentences, name) in result):
-            x, g = result[sentences, name], noise.get(sentences, {}).get(name, {})
+            x, g = result[sentences, name], gradient.get(sentences, {}).get(name, {})
             first = ([show(x["middle"]), show(x["end"]), show(x["gold_middle"], 3), show(x["gold_end"], 3)] if name != "PPO" else
                      ["0", f"{ppo['score'][0]:.2f}", "0", f"{ppo['gold'][0]:.3f}"])
             cells = [name, *first, show(x["kl"], 1, False), *(["1", "0"] if name == "PPO" else [show(x["speed"], 2, False), show(x["gold_at_score"], 3)]),
                      *(f"{x[figure][0]:.{digits}f}" for figure, digits in (("advantages", 1), ("values", 0), ("explained", 2))),
-                     *(show(g[figure], digits, False) if g else "" for figure, digits in (("noise", 1), ("alignment", 3)))]
+                     *(show(g[figure], 3, False) if g else "" for figure in ("signal", "alignment"))]
             lines.append("| " + " | ".join(cells) + " |")
     for row in (row for row in rows if row["kind"] == "cost"):
         seconds, draw = {name: np.array(x) for name, x in row["result"].items()}, np.random.default_rng(0)

@@ -16,9 +16,23 @@ def test_toy_rows():
     assert 0 < wrong < 20  # some label noise
     assert all(abs(chosen - rejected) >= 0.4 for chosen, rejected in gold)
     lengths = [len(row["chosen"].split()) for row in rows]
-    assert 25 < min(lengths) and max(lengths) < 105 and 50 < sum(lengths) / len(lengths) < 80
+    assert 4 < min(lengths) < 20 and max(lengths) < 105 and 45 < sum(lengths) / len(lengths) < 80  # some are short
     assert not {row["prompt"] + row["chosen"] for row in rows} & {
         row["prompt"] + row["chosen"] for row in sft.toy_rows("eval", 400)}
+
+
+@pytest.mark.parametrize("sentences", (4, 32))
+def test_toy_rows_of_other_lengths(sentences):
+    """--toy_sentences: reviews of 32 and of 256 tokens at most; missing sentences count 0, those beyond not at all."""
+    rows = sft.toy_rows("train", 200, sentences=sentences)
+    parts = [row[name].count(" .") for row in rows for name in ("chosen", "rejected")]
+    assert min(parts) < 5 / 8 * sentences and max(parts) == sentences
+    tokens = sum(len(row["chosen"].split()) for row in rows) / len(rows)
+    assert 5 * sentences < tokens < 9 * sentences
+    assert all(abs(sft.toy_gold(row["prompt"], row["chosen"], sentences) - sft.toy_gold(row["prompt"], row["rejected"], sentences)) >= 0.4
+               for row in rows)
+    prompt, text = "review of the food and the pool at the hotel :", "the food was great . the pool was cold . the bed was dirty ."
+    assert [sft.toy_gold(prompt, text, n) for n in (1, 2, 4)] == [1, 0, -0.25]
 
 
 def test_toy_gold():
