@@ -43,10 +43,16 @@ SETTINGS = {  # name: (stage, its options); the first of each length is what the
     "n = 5, unit value": ("ma_ppo", "--ngram 5 --value_weighting unit"),
     "n = 5, decayed value": ("ma_ppo", "--ngram 5 --value_weighting position_decayed"),
     "n = 5, mean reward": ("ma_ppo", "--ngram 5 --macro_reward mean")}
-LENGTHS = {8: list(SETTINGS), 24: ["PPO", "PPO, λ' = λ^(1/5)", "n = 5", "n = ∞"]}  # sentences: settings
+FEW = ["PPO", "PPO, λ' = λ^(1/5)", "n = 5", "n = ∞"]
+GROUPS = {  # name: (sentences, learning rate and KL coefficient, None for the tuned ones, settings)
+    "8 sentences": (8, None, list(SETTINGS)),
+    "8 sentences, lr 3e-4": (8, {"lr": 3e-4, "kl": 0.05}, FEW),
+    "8 sentences, lr 1e-4": (8, {"lr": 1e-4, "kl": 0.05}, FEW),
+    "24 sentences": (24, None, FEW)}
+LENGTHS = 8, 24
 COST = ["PPO", "n = 5", "n = ∞", "randomized", "perplexity", "parsing"]
-FULL = dict(seeds=10, updates={8: 100, 24: 80}, tuning_seeds={8: 2, 24: 1}, lr=(1e-4, 3e-4, 1e-3), kl=(0.02, 0.05), gradients={8: 128, 24: 48}, rounds=60)
-QUICK = dict(seeds=2, updates={8: 30, 24: 15}, tuning_seeds={8: 1, 24: 1}, lr=(3e-4, 1e-3), kl=(0.05,), gradients={8: 8, 24: 8}, rounds=8)
+FULL = dict(seeds=10, updates=60, tuning_updates={8: 100, 24: 80}, tuning_seeds={8: 2, 24: 1}, lr=(1e-4, 3e-4, 1e-3), kl=(0.02, 0.05), gradients={8: 128, 24: 48}, rounds=60)
+QUICK = dict(seeds=2, updates=15, tuning_updates={8: 15, 24: 15}, tuning_seeds={8: 1, 24: 1}, lr=(3e-4, 1e-3), kl=(0.05,), gradients={8: 8, 24: 8}, rounds=8)
 COLUMNS = ("objective/scores objective/gold objective/kl objective/entropy response/length response/eos_rate norm/advantages "
            "norm/values norm/policy_grad value/explained_var value/loss macro/length macro/parse_failures").split()
 WINDOW = 10  # updates over which a curve is averaged
@@ -142,8 +148,8 @@ def gradients(job, folder):
     """Gradients of the policy loss at fixed weights, on the same rollouts for every setting -> signal_and_alignment of each;
     unbiased are the gradients at lambda = 1, to which errors of the critic add noise but no bias."""
     start = Path(job["start"])
-    ppo, args, device, policy, critic, sample, advantages = models_of(job, folder, str(start), str(start / "critic"), LENGTHS[8])
-    names, vectors = ["λ = 1", *LENGTHS[8]], {}
+    ppo, args, device, policy, critic, sample, advantages = models_of(job, folder, str(start), str(start / "critic"), list(SETTINGS))
+    names, vectors = ["λ = 1", *SETTINGS], {}
     for k in range(job["gradients"]):
         rollout = sample(k)
         for name in names:
@@ -238,7 +244,7 @@ def tune(plan, results, sentences, kl_coefs):
     """Tries the grid with PPO and with MA-PPO -> {stage: {"lr", "kl"}} with the highest reward-model score, the mean over all
     updates and tuning seeds, and the rows. `kl_coefs`: {setting: KL coefficients to try}."""
     jobs = [{"kind": "tuning", "setting": setting, "sentences": sentences, "lr": lr, "kl": kl, "seed": 100 + seed,
-             "updates": plan["updates"][sentences]}
+             "updates": plan["tuning_updates"][sentences]}
             for seed in range(plan["tuning_seeds"][sentences]) for lr in plan["lr"] for setting in kl_coefs for kl in kl_coefs[setting]]
     rows, chosen = results.run(jobs), {}
     for setting in kl_coefs:
@@ -259,10 +265,11 @@ def everything(plan, results):
         chosen[sentences], tried = tune(plan, results, sentences, kl_coefs)
         kl_coefs = {setting: [chosen[sentences][SETTINGS[setting][0]]["kl"]] for setting in kl_coefs}
         rows += tried
-    runs = [{"kind": "run", "setting": setting, "sentences": sentences, **chosen[sentences][SETTINGS[setting][0]], "seed": seed,
-             "updates": plan["updates"][sentences]} for seed in range(plan["seeds"]) for sentences in LENGTHS for setting in LENGTHS[sentences]]
+    runs = [{"kind": "run", "group": group, "setting": setting, "sentences": sentences, **(given or chosen[sentences][SETTINGS[setting][0]]),
+             "seed": seed, "updates": plan["updates"]}
+            for seed in range(plan["seeds"]) for group, (sentences, given, settings) in GROUPS.items() for setting in settings]
     rows += results.run(runs)
-    starts = [{"kind": "start", "setting": "PPO", "sentences": sentences, **chosen[sentences]["ppo"], "seed": 200, "updates": plan["updates"][sentences] // 4,
+    starts = [{"kind": "start", "setting": "PPO", "sentences": sentences, **chosen[sentences]["ppo"], "seed": 200, "updates": plan["updates"] // 4,
                "keep": True} for sentences in LENGTHS]
     rows += results.run(starts)
     final = lambda sentences: next(str(path / "final") for path in results.folder.glob(f"start-PPO-{sentences}-*") if path.is_dir())
@@ -275,10 +282,10 @@ def everything(plan, results):
 
 # ---- the report ----
 def curves(rows):
-    """-> {(sentences, setting): {figure: (seeds, updates)}}, each update the mean of the last ten (of fewer at the start)."""
+    """-> {(group, setting): {figure: (seeds, updates)}}, each update the mean of the last ten (of fewer at the start)."""
     found = {}
     for row in sorted((row for row in rows if row["kind"] == "run"), key=lambda row: row["seed"]):
-        found.setdefault((row["sentences"], row["setting"]), []).append(row["result"]["by_update"])
+        found.setdefault((row["group"], row["setting"]), []).append(row["result"]["by_update"])
     for key, runs in found.items():
         found[key] = {}
         for name in runs[0]:
@@ -315,15 +322,15 @@ def comparison(setting, ppo, i):
 
 
 def compared(rows):
-    """-> {(sentences, setting): {figure: [estimate, lower, upper]}}, the interval a bootstrap over seeds."""
+    """-> {(group, setting): {figure: [estimate, lower, upper]}}, the interval a bootstrap over seeds."""
     found, draw, result = curves(rows), np.random.default_rng(0), {}
-    for (sentences, name), setting in found.items():
-        ppo, size = found[sentences, "PPO"], len(setting["objective/kl"])
+    for (group, name), setting in found.items():
+        ppo, size = found[group, "PPO"], len(setting["objective/kl"])
         again = [comparison(setting, ppo, i) for i in [np.arange(size), *(draw.integers(size, size=size) for _ in range(2000))]]
-        result[sentences, name] = {figure: [x[figure] for x in again] for figure in again[0]}
-        for figure, values in result[sentences, name].items():
+        result[group, name] = {figure: [x[figure] for x in again] for figure in again[0]}
+        for figure, values in result[group, name].items():
             never = np.isnan(values[1:]).mean()  # a level that some resamples never reach: as slow as can be
-            result[sentences, name][figure] = interval(np.where(np.isnan(values), -np.inf, values)) if never else interval(values)
+            result[group, name][figure] = interval(np.where(np.isnan(values), -np.inf, values)) if never else interval(values)
     return result
 
 
@@ -339,11 +346,11 @@ def table(rows):
     gradient = {row["sentences"]: row["result"] for row in rows if row["kind"] == "gradients"}
     lines = ["| | score, mid-course | score, end | gold, mid-course | gold, end | KL, end | speed | gold at equal score | L2 of A | L2 of V | "
              "explained | gradient signal | alignment |", "|---|" + "---|" * 12]
-    for sentences in LENGTHS:
-        ppo = result[sentences, "PPO"]
-        lines.append(f"| **{sentences} sentences** |" + " |" * 12)
-        for name in (name for name in LENGTHS[sentences] if (sentences, name) in result):
-            x, g = result[sentences, name], gradient.get(sentences, {}).get(name, {})
+    for group, (sentences, given, settings) in GROUPS.items():
+        ppo = result[group, "PPO"]
+        lines.append(f"| **{group}** |" + " |" * 12)
+        for name in settings:
+            x, g = result[group, name], {} if given else gradient[sentences][name]
             first = ([show(x["middle"]), show(x["end"]), show(x["gold_middle"], 3), show(x["gold_end"], 3)] if name != "PPO" else
                      ["0", f"{ppo['score'][0]:.2f}", "0", f"{ppo['gold'][0]:.3f}"])
             cells = [name, *first, show(x["kl"], 1, False), *(["1", "0"] if name == "PPO" else [show(x["speed"], 2, False), show(x["gold_at_score"], 3)]),
@@ -367,10 +374,10 @@ def plot(rows, path):
     plt.rcParams.update({"svg.hashsalt": "0", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     found, draw = curves(rows), np.random.default_rng(0)
     colors = {"PPO": "#555555", "PPO, λ' = λ^(1/5)": "#E69F00", "n = 5": "#0072B2", "n = ∞": "#CC3311"}
-    figure, axes = plt.subplots(len(LENGTHS), 3, figsize=(11, 5.6), layout="constrained")
-    for row, sentences in zip(axes, LENGTHS):
+    figure, axes = plt.subplots(len(GROUPS), 3, figsize=(11, 10), layout="constrained")
+    for row, group in zip(axes, GROUPS):
         for name, color in colors.items():
-            setting = found[sentences, name]
+            setting = found[group, name]
             size, updates = setting["objective/kl"].shape
             u = np.arange(WINDOW, updates + 1)
             for axis, column in zip(row, ("objective/scores", "objective/gold")):
@@ -380,8 +387,8 @@ def plot(rows, path):
                 axis.fill_between(u, *band, color=color, alpha=0.18, linewidth=0)
                 axis.set_xlabel("update")
             row[2].plot(*(setting[column][:, WINDOW - 1:].mean(0) for column in ("objective/scores", "objective/gold")), color=color, linewidth=1.4)
-        length = found[sentences, "PPO"]["response/length"].mean(0)
-        row[0].set_title(f"{sentences} sentences ({length[WINDOW - 1]:.0f} to {length[-1]:.0f} tokens), {size} seeds", loc="left", fontsize=9)
+        length = found[group, "PPO"]["response/length"].mean(0)
+        row[0].set_title(f"{group} ({length[WINDOW - 1]:.0f} to {length[-1]:.0f} tokens), {size} seeds", loc="left", fontsize=9)
         for axis, label in zip(row, ("reward-model score", "gold score", "gold score")):
             axis.set_ylabel(label)
         row[2].set_xlabel("reward-model score")
