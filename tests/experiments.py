@@ -44,15 +44,15 @@ SETTINGS = {  # name: (stage, its options); the first of each length is what the
     "n = 5, decayed value": ("ma_ppo", "--ngram 5 --value_weighting position_decayed"),
     "n = 5, mean reward": ("ma_ppo", "--ngram 5 --macro_reward mean")}
 FEW = ["PPO", "PPO, λ' = λ^(1/5)", "n = 5", "n = ∞"]
-GROUPS = {  # name: (sentences, learning rate and KL coefficient, None for the tuned ones, settings)
-    "8 sentences": (8, None, list(SETTINGS)),
-    "8 sentences, lr 3e-4": (8, {"lr": 3e-4, "kl": 0.05}, FEW),
-    "8 sentences, lr 1e-4": (8, {"lr": 1e-4, "kl": 0.05}, FEW),
-    "24 sentences": (24, None, FEW)}
-LENGTHS = 8, 24
+GROUPS = {  # name: (sentences, updates, learning rate and KL coefficient, None for the tuned ones, settings)
+    "8 sentences": (8, 100, None, list(SETTINGS)),
+    "8 sentences, lr 3e-4": (8, 60, {"lr": 3e-4, "kl": 0.05}, FEW),
+    "8 sentences, lr 1e-4": (8, 60, {"lr": 1e-4, "kl": 0.05}, FEW),
+    "24 sentences": (24, 80, None, FEW)}
+LENGTHS = {8: 100, 24: 80}  # sentences: updates of tuning
 COST = ["PPO", "n = 5", "n = ∞", "randomized", "perplexity", "parsing"]
-FULL = dict(seeds=10, updates=60, tuning_updates={8: 100, 24: 80}, tuning_seeds={8: 2, 24: 1}, lr=(1e-4, 3e-4, 1e-3), kl=(0.02, 0.05), gradients={8: 128, 24: 48}, rounds=60)
-QUICK = dict(seeds=2, updates=15, tuning_updates={8: 15, 24: 15}, tuning_seeds={8: 1, 24: 1}, lr=(3e-4, 1e-3), kl=(0.05,), gradients={8: 8, 24: 8}, rounds=8)
+FULL = dict(seeds=10, most_updates=100, tuning_seeds={8: 2, 24: 1}, lr=(1e-4, 3e-4, 1e-3), kl=(0.02, 0.05), gradients={8: 128, 24: 48}, rounds=60)
+QUICK = dict(seeds=2, most_updates=15, tuning_seeds={8: 1, 24: 1}, lr=(3e-4, 1e-3), kl=(0.05,), gradients={8: 8, 24: 8}, rounds=8)
 COLUMNS = ("objective/scores objective/gold objective/kl objective/entropy response/length response/eos_rate norm/advantages "
            "norm/values norm/policy_grad value/explained_var value/loss macro/length macro/parse_failures").split()
 WINDOW = 10  # updates over which a curve is averaged
@@ -244,7 +244,7 @@ def tune(plan, results, sentences, kl_coefs):
     """Tries the grid with PPO and with MA-PPO -> {stage: {"lr", "kl"}} with the highest reward-model score, the mean over all
     updates and tuning seeds, and the rows. `kl_coefs`: {setting: KL coefficients to try}."""
     jobs = [{"kind": "tuning", "setting": setting, "sentences": sentences, "lr": lr, "kl": kl, "seed": 100 + seed,
-             "updates": plan["tuning_updates"][sentences]}
+             "updates": min(LENGTHS[sentences], plan["most_updates"])}
             for seed in range(plan["tuning_seeds"][sentences]) for lr in plan["lr"] for setting in kl_coefs for kl in kl_coefs[setting]]
     rows, chosen = results.run(jobs), {}
     for setting in kl_coefs:
@@ -266,10 +266,10 @@ def everything(plan, results):
         kl_coefs = {setting: [chosen[sentences][SETTINGS[setting][0]]["kl"]] for setting in kl_coefs}
         rows += tried
     runs = [{"kind": "run", "group": group, "setting": setting, "sentences": sentences, **(given or chosen[sentences][SETTINGS[setting][0]]),
-             "seed": seed, "updates": plan["updates"]}
-            for seed in range(plan["seeds"]) for group, (sentences, given, settings) in GROUPS.items() for setting in settings]
+             "seed": seed, "updates": min(updates, plan["most_updates"])}
+            for seed in range(plan["seeds"]) for group, (sentences, updates, given, settings) in GROUPS.items() for setting in settings]
     rows += results.run(runs)
-    starts = [{"kind": "start", "setting": "PPO", "sentences": sentences, **chosen[sentences]["ppo"], "seed": 200, "updates": plan["updates"] // 4,
+    starts = [{"kind": "start", "setting": "PPO", "sentences": sentences, **chosen[sentences]["ppo"], "seed": 200, "updates": plan["most_updates"] // 5,
                "keep": True} for sentences in LENGTHS]
     rows += results.run(starts)
     final = lambda sentences: next(str(path / "final") for path in results.folder.glob(f"start-PPO-{sentences}-*") if path.is_dir())
@@ -346,7 +346,7 @@ def table(rows):
     gradient = {row["sentences"]: row["result"] for row in rows if row["kind"] == "gradients"}
     lines = ["| | score, mid-course | score, end | gold, mid-course | gold, end | KL, end | speed | gold at equal score | L2 of A | L2 of V | "
              "explained | gradient signal | alignment |", "|---|" + "---|" * 12]
-    for group, (sentences, given, settings) in GROUPS.items():
+    for group, (sentences, _, given, settings) in GROUPS.items():
         ppo = result[group, "PPO"]
         lines.append(f"| **{group}** |" + " |" * 12)
         for name in settings:
