@@ -60,7 +60,8 @@ WINDOW = 10  # updates over which a curve is averaged
 
 def interval(values):
     """[estimate, lower, upper] from an estimate and its bootstrap repetitions behind it."""
-    return [float(values[0]), *(float(x) for x in np.percentile(values[1:], (2.5, 97.5)))]
+    values = np.nan_to_num(values, nan=-np.inf)  # a level that is never reached: as slow as can be
+    return [float(values[0]), *(float(x) for x in np.percentile(values[1:], (2.5, 97.5), method="inverted_cdf"))]
 
 
 # ---- runs ----
@@ -303,34 +304,32 @@ def reaches(scores, level):
     return there[0] + WINDOW if len(there) else np.nan
 
 
-def comparison(setting, ppo, i):
-    """Figures of a setting against PPO, for the seeds i: score, gold and KL as differences, speed as ratios."""
-    score, base = (x["objective/scores"][i].mean(0) for x in (setting, ppo))
-    gold, base_gold = (x["objective/gold"][i].mean(0) for x in (setting, ppo))
-    middle = round(0.4 * len(base)) - 1
-    level = base[WINDOW - 1] + 0.9 * (base[-1] - base[WINDOW - 1])
+def comparison(setting, ppo):
+    """Figures of a setting against PPO from their curves {figure: (updates,)}, means over seeds: score and gold as
+    differences, speed as a ratio; score, gold, KL and the rest of the setting alone."""
+    score, base, gold, base_gold = (x[f"objective/{kind}"] for kind in ("scores", "gold") for x in (setting, ppo))
+    middle, level = round(0.4 * len(base)) - 1, base[WINDOW - 1] + 0.9 * (base[-1] - base[WINDOW - 1])
     updates, base_updates = reaches(score, level), reaches(base, level)
-    all_updates = reaches(score, base[-1])
-    seconds = [x["seconds"][i].mean(0)[int(u) - 1] if u == u else np.nan for x, u in ((setting, updates), (ppo, base_updates))]
-    at = lambda x, u: x[int(u) - 1] if u == u else np.nan
+    at = lambda x, update: x[int(update) - 1] if update == update else np.nan
     return {"middle": score[middle] - base[middle], "end": score[-1] - base[-1], "gold_middle": gold[middle] - base_gold[middle],
-            "gold_end": gold[-1] - base_gold[-1], "kl": setting["objective/kl"][i, -1].mean(), "speed": base_updates / updates,
-            "speed_seconds": seconds[1] / seconds[0], "to_the_end": len(base) / all_updates,
-            "gold_at_score": at(gold, updates) - at(base_gold, base_updates), "gold_fall": gold[WINDOW - 1:].max() - gold[-1],
-            "score": score[-1], "gold": gold[-1], "advantages": setting["norm/advantages"][i].mean(),
-            "values": setting["norm/values"][i].mean(), "explained": setting["value/explained_var"][i, -1].mean()}
+            "gold_end": gold[-1] - base_gold[-1], "kl": setting["objective/kl"][-1], "speed": base_updates / updates,
+            "speed_seconds": at(ppo["seconds"], base_updates) / at(setting["seconds"], updates),
+            "to_the_end": len(base) / reaches(score, base[-1]), "gold_at_score": at(gold, updates) - at(base_gold, base_updates),
+            "gold_fall": gold[WINDOW - 1:].max() - gold[-1], "score_middle": score[middle], "score": score[-1],
+            "gold_score_middle": gold[middle], "gold": gold[-1], "advantages": setting["norm/advantages"].mean(),
+            "values": setting["norm/values"].mean(), "explained": setting["value/explained_var"][-1]}
 
 
 def compared(rows):
     """-> {(group, setting): {figure: [estimate, lower, upper]}}, the interval a bootstrap over seeds."""
-    found, draw, result = curves(rows), np.random.default_rng(0), {}
-    for (group, name), setting in found.items():
-        ppo, size = found[group, "PPO"], len(setting["objective/kl"])
-        again = [comparison(setting, ppo, i) for i in [np.arange(size), *(draw.integers(size, size=size) for _ in range(2000))]]
-        result[group, name] = {figure: [x[figure] for x in again] for figure in again[0]}
-        for figure, values in result[group, name].items():
-            never = np.isnan(values[1:]).mean()  # a level that some resamples never reach: as slow as can be
-            result[group, name][figure] = interval(np.where(np.isnan(values), -np.inf, values)) if never else interval(values)
+    found, result = curves(rows), {}
+    for group, name in found:
+        size = len(found[group, name]["objective/kl"])
+        draws = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), size=2000)
+        weights = np.concatenate([np.ones((1, size)), draws]) / size  # the first is the estimate
+        means = [{figure: weights @ x[:size] for figure, x in found[group, setting].items()} for setting in (name, "PPO")]
+        again = [comparison(*({figure: x[b] for figure, x in mean.items()} for mean in means)) for b in range(len(weights))]
+        result[group, name] = {figure: interval([x[figure] for x in again]) for figure in again[0]}
     return result
 
 
@@ -341,57 +340,64 @@ def show(figure, digits=2, sign=True):
 
 
 def table(rows):
-    """The README's table in Markdown, then a line of the cost of each condition."""
-    result = compared(rows)
-    gradient = {row["sentences"]: row["result"] for row in rows if row["kind"] == "gradients"}
-    lines = ["| | score, mid-course | score, end | gold, mid-course | gold, end | KL, end | speed | gold at equal score | L2 of A | L2 of V | "
-             "explained | gradient signal | alignment |", "|---|" + "---|" * 12]
-    for group, (sentences, _, given, settings) in GROUPS.items():
-        ppo = result[group, "PPO"]
-        lines.append(f"| **{group}** |" + " |" * 12)
+    """The README's tables in Markdown: differences from PPO; then, folded away, what explains them, and the cost of each condition."""
+    result, gradient = compared(rows), {row["sentences"]: row["result"] for row in rows if row["kind"] == "gradients"}
+    effects = ["| | score, mid-course | score, end | gold, mid-course | gold, end | KL, end | speed | gold at equal score |", "|---|" + "---|" * 7]
+    causes = ["| | L2 of advantages | L2 of values | explained variance | gradient: signal | alignment |", "|---|" + "---|" * 5]
+    for group, (sentences, updates, given, settings) in GROUPS.items():
+        effects.append(f"| **{group}** |" + " |" * 7)
         for name in settings:
-            x, g = result[group, name], {} if given else gradient[sentences][name]
-            first = ([show(x["middle"]), show(x["end"]), show(x["gold_middle"], 3), show(x["gold_end"], 3)] if name != "PPO" else
-                     ["0", f"{ppo['score'][0]:.2f}", "0", f"{ppo['gold'][0]:.3f}"])
-            cells = [name, *first, show(x["kl"], 1, False), *(["1", "0"] if name == "PPO" else [show(x["speed"], 2, False), show(x["gold_at_score"], 3)]),
-                     *(f"{x[figure][0]:.{digits}f}" for figure, digits in (("advantages", 1), ("values", 0), ("explained", 2))),
-                     *(show(g[figure], 3, False) if g else "" for figure in ("signal", "alignment"))]
-            lines.append("| " + " | ".join(cells) + " |")
+            x = result[group, name]
+            if name == "PPO":
+                numbers = [show(x[figure], digits, False) for figure, digits in (("score_middle", 2), ("score", 2), ("gold_score_middle", 3),
+                                                                                 ("gold", 3), ("kl", 1))]
+                effects.append("| " + " | ".join([name, *numbers, "1", "0"]) + " |")
+            else:
+                numbers = [show(x["middle"]), show(x["end"]), show(x["gold_middle"], 3), show(x["gold_end"], 3), show(x["kl"], 1, False),
+                           show(x["speed"], 2, False), show(x["gold_at_score"], 3)]
+                effects.append("| " + " | ".join([name, *numbers]) + " |")
+        if given:
+            continue  # the gradients are those of the tuned groups
+        causes.append(f"| **{group}** |" + " |" * 5)
+        for name in ["λ = 1", *SETTINGS]:
+            cells = [""] * 3
+            if name in settings:
+                cells = [f"{result[group, name][figure][0]:.{digits}f}" for figure, digits in (("advantages", 1), ("values", 0), ("explained", 2))]
+            causes.append("| " + " | ".join([name, *cells, *(show(gradient[sentences][name][x], 3, False) for x in ("signal", "alignment"))]) + " |")
+    costs = []
     for row in (row for row in rows if row["kind"] == "cost"):
         seconds, draw = {name: np.array(x) for name, x in row["result"].items()}, np.random.default_rng(0)
         again = [np.arange(len(seconds["PPO"])), *draw.integers(len(seconds["PPO"]), size=(2000, len(seconds["PPO"])))]
         ratio = {name: interval([np.median(x[i] / seconds["PPO"][i]) for i in again]) for name, x in seconds.items() if name != "PPO"}
-        lines += ["", f"Seconds of an update over PPO's {np.median(seconds['PPO']):.3f} s, {row['sentences']} sentences, median of {len(again[0])} "
+        costs += ["", f"Seconds of an update over PPO's {np.median(seconds['PPO']):.3f} s, {row['sentences']} sentences, median of {len(again[0])} "
                   "rounds: " + ", ".join(f"{name} {show(x, 3, False)}" for name, x in ratio.items()) + "."]
-    return "\n".join(lines)
+    return "\n".join([*effects, "", "<details><summary>Norms, explained variance, gradients, cost</summary>", "", *causes, *costs, "", "</details>"])
 
 
 def plot(rows, path):
-    """Learning curves with 95% bootstrap bands over seeds, and gold score against reward-model score."""
+    """Learning curves with 95% bootstrap bands over seeds, and gold score against reward-model score (a dot: the end)."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"svg.hashsalt": "0", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     found, draw = curves(rows), np.random.default_rng(0)
     colors = {"PPO": "#555555", "PPO, λ' = λ^(1/5)": "#E69F00", "n = 5": "#0072B2", "n = ∞": "#CC3311"}
-    figure, axes = plt.subplots(len(GROUPS), 3, figsize=(11, 10), layout="constrained")
-    for row, group in zip(axes, GROUPS):
+    figure, axes = plt.subplots(3, len(GROUPS), figsize=(12, 7.2), layout="constrained")
+    for column, group in zip(axes.T, GROUPS):
         for name, color in colors.items():
-            setting = found[group, name]
-            size, updates = setting["objective/kl"].shape
-            u = np.arange(WINDOW, updates + 1)
-            for axis, column in zip(row, ("objective/scores", "objective/gold")):
-                x = setting[column][:, WINDOW - 1:]
+            scores, gold = (found[group, name][kind][:, WINDOW - 1:] for kind in ("objective/scores", "objective/gold"))
+            size, u = len(scores), np.arange(WINDOW, WINDOW + scores.shape[1])
+            for axis, x in zip(column, (scores, gold)):
                 band = np.percentile([x[draw.integers(size, size=size)].mean(0) for _ in range(1000)], (2.5, 97.5), axis=0)
                 axis.plot(u, x.mean(0), color=color, label=name, linewidth=1.4)
                 axis.fill_between(u, *band, color=color, alpha=0.18, linewidth=0)
                 axis.set_xlabel("update")
-            row[2].plot(*(setting[column][:, WINDOW - 1:].mean(0) for column in ("objective/scores", "objective/gold")), color=color, linewidth=1.4)
-        length = found[group, "PPO"]["response/length"].mean(0)
-        row[0].set_title(f"{group} ({length[WINDOW - 1]:.0f} to {length[-1]:.0f} tokens), {size} seeds", loc="left", fontsize=9)
-        for axis, label in zip(row, ("reward-model score", "gold score", "gold score")):
-            axis.set_ylabel(label)
-        row[2].set_xlabel("reward-model score")
+            column[2].plot(scores.mean(0), gold.mean(0), color=color, linewidth=1.4)
+            column[2].plot(scores.mean(0)[-1], gold.mean(0)[-1], "o", color=color, markersize=4)
+        column[2].set_xlabel("reward-model score")
+        column[0].set_title(f"{group}, {size} seeds", loc="left", fontsize=9)
+    for axis, label in zip(axes[:, 0], ("reward-model score", "gold score", "gold score")):
+        axis.set_ylabel(label)
     axes[0, 0].legend(frameon=False)
     path.parent.mkdir(exist_ok=True, parents=True)
     figure.savefig(path, metadata={"Date": None})
