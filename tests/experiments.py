@@ -51,8 +51,8 @@ GROUPS = {  # name: (sentences, updates, learning rate and KL coefficient, None 
     "24 sentences": (24, 80, None, FEW)}
 LENGTHS = {8: 100, 24: 80}  # sentences: updates of tuning
 COST = ["PPO", "n = 5", "n = ∞", "randomized", "perplexity", "parsing"]
-FULL = dict(seeds=10, most_updates=100, tuning_seeds={8: 2, 24: 1}, lr=(1e-4, 3e-4, 1e-3), kl=(0.02, 0.05), gradients={8: 128, 24: 48}, rounds=60)
-QUICK = dict(seeds=2, most_updates=15, tuning_seeds={8: 1, 24: 1}, lr=(3e-4, 1e-3), kl=(0.05,), gradients={8: 8, 24: 8}, rounds=8)
+FULL = dict(seeds=10, most_updates=100, tuning_seeds={8: 2, 24: 1}, lr=(1e-4, 3e-4, 1e-3), kl=(0.02, 0.05), gradients={8: 64, 24: 24}, rounds={8: 40, 24: 12})
+QUICK = dict(seeds=2, most_updates=15, tuning_seeds={8: 1, 24: 1}, lr=(3e-4, 1e-3), kl=(0.05,), gradients={8: 8, 24: 4}, rounds={8: 8, 24: 4})
 COLUMNS = ("objective/scores objective/gold objective/kl objective/entropy response/length response/eos_rate norm/advantages "
            "norm/values norm/policy_grad value/explained_var value/loss macro/length macro/parse_failures").split()
 WINDOW = 10  # updates over which a curve is averaged
@@ -276,7 +276,7 @@ def everything(plan, results):
     final = lambda sentences: next(str(path / "final") for path in results.folder.glob(f"start-PPO-{sentences}-*") if path.is_dir())
     rows += results.run([{"kind": "gradients", "sentences": sentences, **chosen[sentences]["ppo"], "seed": 300, "gradients": plan["gradients"][sentences],
                           "start": final(sentences)} for sentences in LENGTHS])
-    rows += results.run([{"kind": "cost", "sentences": sentences, **chosen[sentences]["ppo"], "seed": 400, "rounds": plan["rounds"]}
+    rows += results.run([{"kind": "cost", "sentences": sentences, **chosen[sentences]["ppo"], "seed": 400, "rounds": plan["rounds"][sentences]}
                          for sentences in LENGTHS], alone=True)
     return rows
 
